@@ -1,0 +1,83 @@
+# Everything starts here.  `make demo` and `make test` do all the set-up on a fresh machine.
+#
+#   make demo        train a network across four processes on real images, then compare with one process
+#   make test        the whole test suite            (PYTEST_ARGS="-k channel" for a part of it)
+#   make lint        ruff: rules and format          make format   let ruff mend them
+#   make types       mypy --strict
+#   make contracts   import contracts
+#   make wheel       build sdist and wheel in dist/
+#   make check       all of the above, as .ci/run does
+#   make clean       remove what these made
+#
+# PYTHON=python3.12 picks another interpreter (3.11 or newer), VENV=DIR another place for the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types contracts wheel check install clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# One stamp for each set of packages: a second `make` starts at once.  The environment comes with pip of its own.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"splitsec needs Python 3.11 or newer, and {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
+	@echo "==> making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "==> installing splitsec and what the examples need (a minute or two the first time)"
+	@$(PIP_INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "==> installing splitsec and what tests and checks need (a minute or two the first time)"
+	@$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@
+
+install: $(VENV)/installed-dev
+
+demo: $(VENV)/installed-demo
+	@echo "==> training examples/vanilla: three clinics and a server, one process each, every message encrypted"
+	@$(BIN)/splitsec simulate examples/vanilla --out out/demo
+	@echo "==> training the same network in one process, in plain PyTorch, to compare"
+	@$(BIN)/python examples/compare.py examples/vanilla out/demo
+
+test: $(VENV)/installed-dev
+	@echo "==> pytest: the whole suite (some minutes)"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev
+	@echo "==> ruff"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check --diff .
+
+format: $(VENV)/installed-dev
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+types: $(VENV)/installed-dev
+	@echo "==> mypy --strict"
+	@$(BIN)/mypy --no-error-summary
+
+contracts: $(VENV)/installed-dev
+	@echo "==> import contracts"
+	@$(BIN)/lint-imports --no-logo
+
+wheel: $(VENV)/installed-dev
+	@echo "==> building sdist and wheel in dist/"
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist . >/dev/null
+	@ls dist
+
+check:
+	@.ci/run
+
+clean:
+	rm -rf $(VENV) dist build out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""The command line: one file per command; each parses, calls the Python API, prints.
+
+Here: the list of commands, and how an error reaches a person: what was seen, what was expected, what to do, and an
+exit code (2: a mistake you can mend, 3: we stopped ourselves, 4: another party, 70: our fault, 130: Ctrl-C).  No
+traceback, unless ``SPLITSEC_DEBUG=1`` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+DESCRIPTION = """\
+Train one neural network across institutions that do not pool their data.
+
+A folder holds the graph file (graph.yaml, shared by all) and one party file for each party (parties/NAME.yaml,
+private):
+
+  splitsec check FOLDER        is it right?  and a picture of it
+  splitsec simulate FOLDER     train it here, one process for each party
+  splitsec keys new NAME       make a party's key
+  splitsec join ...            be one party, over the network
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from splitsec import __version__
+    from splitsec.cli import join, keys, predict, simulate
+
+    parser = argparse.ArgumentParser(
+        prog="splitsec", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    runs = {}
+    for module in (keys, simulate, predict, join):
+        module.add_parser(commands)
+        runs[module.__name__.rsplit(".", 1)[1]] = module.run
+    arguments = parser.parse_args(argv)
+
+    from splitsec.errors import SplitsecError
+
+    try:
+        return runs[arguments.command](arguments)
+    except SplitsecError as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        print("splitsec: stopped by Ctrl-C; every process that was started has ended", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:
+        from splitsec.process import internal
+
+        return _failed(internal(error))
+
+
+def _failed(error: BaseException) -> int:
+    if os.environ.get("SPLITSEC_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"splitsec: {error}", file=sys.stderr)
+    return int(getattr(error, "exit_code", 70))

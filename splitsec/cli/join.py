@@ -1,0 +1,115 @@
+"""``splitsec join``: be one party of a graph, over the network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["add_parser", "run"]
+
+DESCRIPTION = """\
+Run one party: read its party file and key, connect to the peers that the graph names, train, write its own segments.
+
+Every party runs the same command with the same graph file, in any order, within the graph's `timeouts: {connect: ...}`.
+
+  splitsec join --graph graph.yaml --party parties/clinic-a.yaml --out trained
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "join",
+        help="be one party, over the network",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--graph", metavar="G", required=True, help="the graph file that all parties share")
+    parser.add_argument(
+        "--party",
+        metavar="P",
+        required=True,
+        help="this party's file, or its name (then parties/NAME.yaml beside the graph file)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="write trained segments (or predictions) to DIR/<party>/")
+    parser.add_argument(
+        "--predict", action="store_true", help="predict in place of training; needs --weights and --out"
+    )
+    parser.add_argument("--weights", metavar="DIR", help="start from the trained segments in DIR/<party>/")
+    parser.add_argument(
+        "--data",
+        choices=("predict", "test", "train"),
+        default="predict",
+        help="which samples to predict (default: predict)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Be the party until the run is over."""
+    from splitsec.errors import UserError
+    from splitsec.graph import load_graph
+    from splitsec.identity import parse_public, public_of, read_key
+    from splitsec.partyfile import check_party, load_party
+
+    if arguments.predict and not (arguments.weights and arguments.out):
+        raise UserError(
+            "--predict without --weights or --out",
+            expected="both",
+            fix="name the folder of a training run and one for predictions",
+        )
+    graph = load_graph(arguments.graph)
+    file = Path(arguments.party)
+    if not file.suffix and file.name == arguments.party:
+        file = Path(arguments.graph).parent / "parties" / f"{arguments.party}.yaml"
+    party_file = load_party(file)
+    check_party(graph, party_file)
+    name = party_file.party
+    for other, party in graph.parties.items():
+        if party.key is None:
+            raise graph.error(
+                f"party {other!r} has no key",
+                "parties",
+                other,
+                expected="a public key for every party, to run over a network",
+                fix=f"run `splitsec keys new {other}` at that party and paste the line that it prints",
+            )
+    if party_file.key_path is None:
+        raise party_file.error(
+            "`key_file` is missing",
+            expected="this party's private key file",
+            fix=f"run `splitsec keys new {name}`, then add `key_file: {name}.key`",
+        )
+    private_key = read_key(party_file.key_path, passphrase=_passphrase())
+    own = graph.parties[name].key
+    assert own is not None
+    if public_of(private_key) != parse_public(own):
+        raise graph.error(
+            f"the key of {name!r} in the graph is not the one in {party_file.key_path}",
+            "parties",
+            name,
+            expected="the public half of this party's key file",
+            fix=f"compare with `splitsec keys show {party_file.key_path}`",
+        )
+
+    from splitsec.cli.progress import Followed
+    from splitsec.party import Job, run_party
+    from splitsec.process import prepare
+
+    prepare(party_file.threads)
+    job = Job(
+        action="predict" if arguments.predict else "train",
+        out=Path(arguments.out) if arguments.out else None,
+        weights=Path(arguments.weights) if arguments.weights else None,
+        split=arguments.data,
+    )
+    with Followed(quiet=arguments.quiet) as watch:
+        run_party(graph, party_file, private_key=private_key, job=job, report=lambda event: watch(name, event))
+    print(f"{name}: done", file=sys.stderr)
+    return 0
+
+
+def _passphrase() -> str | None:
+    return os.environ.get("SPLITSEC_PASSPHRASE")

@@ -1,0 +1,1060 @@
+"""The graph file: who takes part, which segment runs where, and which tensors may cross from whom to whom.
+
+Here: the models of the file, every rule that a graph must keep, and what follows from a graph without running it: the
+order of segments, streams, links, forwarded pairs.  Pure: no torch, no network.  Not here: code, paths and secrets;
+they are in the party files (partyfile.py), where the story goes next.
+
+A *stream* is the work that member k of every group does together; without groups there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from splitsec import identity, yamlfile
+from splitsec.errors import GraphError, KeyFileError
+from splitsec.yamlfile import Document, FrozenDict, meant, mistake, shown
+
+__all__ = [
+    "DTYPE_BYTES",
+    "LOSSES",
+    "Cut",
+    "Exchange",
+    "Forwarded",
+    "Graph",
+    "Group",
+    "Labels",
+    "Link",
+    "Party",
+    "Segment",
+    "Timeouts",
+    "Training",
+    "check_name",
+    "load_graph",
+    "parse_graph",
+]
+
+DTYPE_BYTES: Final[Mapping[str, int]] = {
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
+}
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Loss(NamedTuple):
+    """A loss that a graph may name: its class in ``torch.nn`` and the dtypes its labels may have."""
+
+    torch_class: str
+    labels: tuple[str, ...]
+
+
+LOSSES: Final[Mapping[str, Loss]] = {
+    "cross_entropy": Loss("CrossEntropyLoss", ("int64", *_FLOATS)),
+    "nll": Loss("NLLLoss", ("int64",)),
+    "bce": Loss("BCELoss", _FLOATS),
+    "bce_with_logits": Loss("BCEWithLogitsLoss", _FLOATS),
+    "mse": Loss("MSELoss", _FLOATS),
+    "l1": Loss("L1Loss", _FLOATS),
+    "smooth_l1": Loss("SmoothL1Loss", _FLOATS),
+    "huber": Loss("HuberLoss", _FLOATS),
+}
+CUSTOM: Final = "custom"  # the loss that only the party knows: its party file names the function
+
+MAX_DIMENSIONS = 8  # of one tensor, the batch not counted
+MAX_SAMPLE_BYTES = 2**30  # 1 GiB for one sample on one cut: what a message can hold with room to spare
+MAX_EDGES = 10_000  # of each kind: two lanes for each stay below the 65536 lanes of a channel
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}\Z")
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}\Z")
+
+
+def _name(text: str) -> str:
+    if not _NAME.match(text):
+        raise mistake(
+            f"the name `{shown(text)}`",
+            expected="1 to 40 of a-z, 0-9, `-` and `_`, the first a letter or digit",
+            fix=f"rename it, for instance to `{_tamed(text)}`",
+        )
+    return text
+
+
+def _tamed(text: str) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")[:40] or "party-1"
+
+
+def _field_name(text: str) -> str:
+    if not _FIELD.match(text):
+        raise mistake(
+            f"the field name `{shown(text)}`",
+            expected="1 to 40 of letters, digits and `_`, the first no digit",
+            fix="rename the field",
+        )
+    return text
+
+
+def _data_field(text: str) -> str:
+    if text == "id":
+        raise mistake(
+            "the field `id`",
+            expected="a field of the samples",
+            fix="`id` holds the sample ids; name the field that holds the data",
+        )
+    return _field_name(text)
+
+
+def _shape(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    for size in shape:
+        if size is not None and not 1 <= size < 2**31:
+            raise mistake(
+                f"the size {size} in the shape {shown(shape)}",
+                expected="sizes from 1 to 2147483647",
+                fix="write the real size",
+            )
+    if len(shape) > MAX_DIMENSIONS:
+        raise mistake(
+            f"a shape of {len(shape)} dimensions", expected=f"at most {MAX_DIMENSIONS}", fix="flatten some of them"
+        )
+    return shape
+
+
+def _key(text: str) -> str:
+    try:
+        identity.parse_public(text)
+    except KeyFileError as reason:
+        raise mistake(reason.seen, expected=reason.expected, fix=reason.fix) from None
+    return text
+
+
+@cache
+def _schemes() -> tuple[str, ...]:
+    others = {one.name for one in importlib.metadata.entry_points(group="splitsec.transports")}
+    return ("tcp", "ipc", "memory", *sorted(others - {"tcp", "ipc", "memory"}))
+
+
+def _address(text: str) -> str:
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        fix = f"write `tcp://{text}`" if ":" in text else "write the address in full"
+        raise mistake(
+            f"the address `{shown(text)}` without a scheme",
+            expected="an address such as tcp://example.org:7400",
+            fix=fix,
+        )
+    if scheme not in _schemes():
+        raise mistake(
+            f"the address `{shown(text)}` with the scheme `{shown(scheme)}`",
+            expected="one of the transports " + ", ".join(_schemes()),
+            fix=meant(scheme, _schemes()),
+        )
+    if not rest or not text.isprintable() or " " in text or len(text) > 255:
+        raise mistake(
+            f"the address {text!r}", expected=f"{scheme}:// and where to find it, without spaces", fix="complete it"
+        )
+    if scheme == "tcp":
+        _tcp(text, rest)
+    if scheme == "ipc" and len(rest.encode()) > 100:
+        raise mistake(
+            f"an ipc path of {len(rest.encode())} bytes",
+            expected="at most 100, as the operating system demands",
+            fix="shorten it",
+        )
+    return text
+
+
+def _tcp(text: str, rest: str) -> None:
+    host, separator, port = rest.rpartition(":")
+    if not separator or (rest.startswith("[") and rest.endswith("]")) or (":" in host and not host.startswith("[")):
+        raise mistake(
+            f"the address `{shown(text)}` without a port",
+            expected="tcp://HOST:PORT",
+            fix=f"write `tcp://{rest}:7400`"
+            if "[" in rest or ":" not in rest
+            else "put an IPv6 address in brackets: tcp://[::1]:7400",
+        )
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise mistake(
+            f"the address `{shown(text)}` with the port `{shown(port)}`",
+            expected="a port from 1 to 65535",
+            fix="choose one, for instance 7400",
+        )
+    if not re.fullmatch(r"\[[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?\]|[A-Za-z0-9_.-]+|\*", host):
+        raise mistake(
+            f"the address `{shown(text)}` with the host `{shown(host)}`",
+            expected="a host name, an IPv4 address, or an IPv6 address in brackets",
+            fix="leave only HOST:PORT after tcp://",
+        )
+
+
+def _is_wildcard(address: str) -> bool:
+    return re.fullmatch(r"tcp://(\*|0\.0\.0\.0|\[(0*:)+(0*|0\.0\.0\.0)\]):[0-9]+", address) is not None
+
+
+Name = Annotated[str, AfterValidator(_name)]
+FieldName = Annotated[str, AfterValidator(_field_name)]
+DataField = Annotated[str, AfterValidator(_data_field)]
+Address = Annotated[str, AfterValidator(_address)]
+Size = Annotated[int, Field(strict=True)]
+Shape = Annotated[tuple[Size, ...], Field(strict=False), AfterValidator(_shape)]
+OpenShape = Annotated[tuple[Size | None, ...], Field(strict=False), AfterValidator(_shape)]
+CutDtype = Literal["float16", "bfloat16", "float32", "float64", "int64"]
+AnyDtype = Literal["float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8", "bool"]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Party(_Entry):
+    """One process owned by one institution."""
+
+    key: Annotated[str, AfterValidator(_key)] | None = Field(
+        default=None,
+        description="public identity key, as `splitsec keys new` prints it; `join` needs it, `simulate` makes its own",
+    )
+    listen: Address | None = Field(
+        default=None,
+        description="address where the party waits for others, e.g. `tcp://0.0.0.0:7400`; a party without it dials",
+    )
+    address: Address | None = Field(
+        default=None,
+        description="address that others dial, where it is not what `listen` says, e.g. `tcp://server.example.org:7400`",
+    )
+
+    @property
+    def dialled(self) -> str | None:
+        """The address at which others reach the party; None where it does not listen."""
+        return self.address or self.listen
+
+
+class Group(_Entry):
+    """Several parties that hold the same role."""
+
+    members: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        description="the parties, in the order of their turns"
+    )
+    schedule: Literal["round_robin", "parallel"] = Field(
+        description="`round_robin`: members take turns and hand the segments' weights on; `parallel`: every step holds "
+        "a batch of each, and every member keeps its own weights"
+    )
+
+
+class Segment(_Entry):
+    """A part of the network, placed at a party or at every member of a group."""
+
+    at: Name = Field(description="the party or group that holds the segment")
+    data: DataField | None = Field(default=None, description="field of the party's own samples that the segment reads")
+    loss: str | None = Field(
+        default=None,
+        description="the loss computed on the segment's output: "
+        + ", ".join(f"`{name}`" for name in LOSSES)
+        + "; or `custom`, which the party file defines",
+    )
+    loss_weight: float = Field(default=1.0, gt=0, description="factor of this loss in the sum of all losses")
+    join: Literal["concat", "sum", "mean", "arguments"] = Field(
+        default="concat",
+        description="how several inputs become one: `concat` along the first dimension after the batch, `sum`, `mean`, "
+        "or `arguments`: passed to the module one by one; in the order of `cuts`, the data field last",
+    )
+
+
+class Cut(_Entry):
+    """An edge between two segments: activations go forward, gradients come back."""
+
+    source: Name = Field(alias="from", description="the segment whose output it carries")
+    target: Name = Field(alias="to", description="the segment that takes it as input")
+    shape: Shape = Field(description="shape of the tensor for one sample, without the batch dimension")
+    dtype: CutDtype = Field(description="dtype of the tensor: `float16`, `bfloat16`, `float32`, `float64` or `int64`")
+    output: FieldName | None = Field(
+        default=None, description="which output, where the segment's module returns a dict of several"
+    )
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Labels(_Entry):
+    """An edge that brings labels to the segment that computes a loss; needed also where both are at one party."""
+
+    source: Name = Field(alias="from", description="the party or group whose samples hold the labels")
+    target: Name = Field(alias="to", description="the segment that computes the loss")
+    field: DataField = Field(default="y", description="field of the samples that holds the labels")
+    shape: Shape = Field(default=(), description="shape of one sample's label; `[]` is a single number")
+    dtype: AnyDtype = Field(
+        default="int64", description="dtype of the labels: as of a cut, or `int32`, `uint8`, `bool`"
+    )
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's label."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Exchange(_Entry):
+    """A named tensor that one party may send another outside training."""
+
+    name: Name = Field(description="what both sides call it")
+    source: Name = Field(alias="from", description="the party that sends")
+    target: Name = Field(alias="to", description="the party that receives")
+    shape: OpenShape = Field(description="shape of the whole tensor; `null` stands for any size")
+    dtype: AnyDtype = Field(description="dtype of the tensor")
+    max_bytes: int = Field(default=64 * 2**20, ge=1, le=2**40, description="largest tensor accepted, in bytes")
+
+
+class Training(_Entry):
+    """What all parties must do alike while they train."""
+
+    epochs: int = Field(default=1, ge=1, le=10**9, description="passes over the data")
+    batch_size: int = Field(
+        default=64, ge=1, le=2**31 - 1, description="samples of one step; with `parallel` groups, of each member"
+    )
+    micro_batches: int = Field(default=1, ge=1, le=4096, description="slices of a batch that are in flight together")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="from which weights, order of samples and dropout follow")
+    drop_last: bool = Field(default=False, description="leave out a last batch that is smaller than `batch_size`")
+
+
+class Timeouts(_Entry):
+    """How long the parties wait for each other."""
+
+    connect: float = Field(default=60.0, gt=0, le=86400 * 7, description="seconds for all parties to come up")
+    lost: float = Field(default=20.0, gt=0, le=86400, description="seconds of silence that make a party count as lost")
+
+
+class Link(NamedTuple):
+    """Two parties that connect directly."""
+
+    dialer: str
+    listener: str
+
+
+class Forwarded(NamedTuple):
+    """Two parties that talk end to end through a third, which cannot read it; ``first`` stands first in `parties`."""
+
+    first: str
+    second: str
+    via: str
+
+
+class _Need(NamedTuple):
+    """Why two parties must talk, and the entry of the file that says so."""
+
+    pair: frozenset[str]
+    why: str
+    keys: tuple[str | int, ...]
+    direct: bool
+
+
+class Graph(_Entry):
+    """A whole graph file that keeps every rule."""
+
+    version: int = Field(alias="splitsec", description="version of the file format: 1")
+    name: Name = Field(description="what people call the graph")
+    parties: Annotated[dict[Name, Party], AfterValidator(FrozenDict)] = Field(
+        min_length=1,
+        max_length=1000,
+        description="every party by name; the order matters: the earlier of two that could dial each other dials",
+    )
+    groups: Annotated[dict[Name, Group], AfterValidator(FrozenDict)] = Field(
+        default_factory=FrozenDict,
+        description="parties that hold the same role; all groups have the same size and schedule",
+    )
+    segments: Annotated[dict[Name, Segment], AfterValidator(FrozenDict)] = Field(
+        default_factory=FrozenDict, max_length=1000, description="every segment by name"
+    )
+    cuts: Annotated[tuple[Cut, ...], Field(strict=False)] = Field(
+        default=(), max_length=MAX_EDGES, description="every edge between two segments"
+    )
+    labels: Annotated[tuple[Labels, ...], Field(strict=False)] = Field(
+        default=(), max_length=MAX_EDGES, description="one edge for every segment with a loss"
+    )
+    exchanges: Annotated[tuple[Exchange, ...], Field(strict=False)] = Field(
+        default=(), max_length=MAX_EDGES, description="named tensors that parties may send each other outside training"
+    )
+    training: Training = Field(default=Training(), description="what all parties must do alike while they train")
+    timeouts: Timeouts = Field(default=Timeouts(), description="how long the parties wait for each other")
+
+    _document: Document | None = PrivateAttr(None)
+
+    # Made from a file
+
+    def model_post_init(self, context: Any) -> None:
+        self._document = context if isinstance(context, Document) else None
+
+    @model_validator(mode="after")
+    def _keeps_the_rules(self) -> Self:
+        _check(self)
+        return self
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the graph was read from; None for one that was made in code."""
+        return None if self._document is None else Path(self._document.file)
+
+    def line_of(self, *keys: str | int) -> int | None:
+        """Line of an entry in the file, e.g. ``line_of("cuts", 0, "shape")``; None for a graph made in code."""
+        return None if self._document is None else self._document.line_of(*keys)
+
+    def error(self, seen: str, *keys: str | int, expected: str = "", fix: str = "") -> GraphError:
+        """A ``GraphError`` (to be raised by the caller) about the entry at ``keys``, with its file and line."""
+        return GraphError(seen, file=self.file, line=self.line_of(*keys), expected=expected, fix=fix)
+
+    def with_keys(self, keys: Mapping[str, str], addresses: Mapping[str, tuple[str | None, str | None]]) -> Graph:
+        """A copy with other public keys and other (listen, address) for the parties named; checked again."""
+        for name in (*keys, *addresses):
+            if name not in self.parties:
+                raise self.error(
+                    f"unknown party `{shown(name)}`",
+                    "parties",
+                    expected="a party of the graph",
+                    fix=meant(name, self.parties),
+                )
+        values = self.model_dump(by_alias=True)
+        for name, key in keys.items():
+            values["parties"][name]["key"] = key
+        for name, (listen, address) in addresses.items():
+            values["parties"][name].update(listen=listen, address=address)
+        return Graph.model_validate(values, context=self._document)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal values; where they came from and how the file was laid out does not count."""
+        return self.model_dump() == other.model_dump() if isinstance(other, Graph) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(self.parties), tuple(self.segments), self.cuts))
+
+    # Places and streams
+
+    def members(self, place: str) -> tuple[str, ...]:
+        """The parties at ``place``: a party is itself, a group its members in the order of their turns."""
+        return self.groups[place].members if place in self.groups else (place,)
+
+    def party_at(self, place: str, stream: int) -> str:
+        """The party that works for ``stream`` at ``place``."""
+        return self.groups[place].members[stream] if place in self.groups else place
+
+    @cached_property
+    def streams(self) -> int:
+        """How many streams there are: the size of the groups, 1 without groups."""
+        return len(next(iter(self.groups.values())).members) if self.groups else 1
+
+    @cached_property
+    def schedule(self) -> Literal["round_robin", "parallel"] | None:
+        """The schedule of the groups; None without groups."""
+        return next(iter(self.groups.values())).schedule if self.groups else None
+
+    def data_parties(self, stream: int) -> tuple[str, ...]:
+        """The parties that hold data or labels of ``stream``, in the order of `parties`."""
+        places = [one.at for one in self.segments.values() if one.data is not None] + [
+            one.source for one in self.labels
+        ]
+        holders = {self.party_at(place, stream) for place in places}
+        return tuple(name for name in self.parties if name in holders)
+
+    # Edges and order
+
+    def edges_into(self, segment: str) -> tuple[int, ...]:
+        """Indices in ``cuts`` of the edges that end at ``segment``, in the order of the file."""
+        return self._edges_into.get(segment, ())
+
+    def edges_out_of(self, segment: str) -> tuple[int, ...]:
+        """Indices in ``cuts`` of the edges that begin at ``segment``, in the order of the file."""
+        return self._edges_out_of.get(segment, ())
+
+    @cached_property
+    def _edges_into(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(i for i, cut in enumerate(self.cuts) if cut.target == name) for name in self.segments}
+
+    @cached_property
+    def _edges_out_of(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(i for i, cut in enumerate(self.cuts) if cut.source == name) for name in self.segments}
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """All segments, each after those it takes input from; of several possible ones, the first in the file."""
+        done: dict[str, None] = {}
+        while len(done) < len(self.segments):
+            done[
+                next(
+                    name
+                    for name in self.segments
+                    if name not in done and all(self.cuts[i].source in done for i in self.edges_into(name))
+                )
+            ] = None
+        return tuple(done)
+
+    # Who talks to whom
+
+    def links(self) -> tuple[Link, ...]:
+        """The pairs of parties that connect directly, each once, in the order in which the file first needs them.
+
+        One listens and the other dials; where both could listen, the one that stands first in `parties` dials.
+        """
+        return self._connections[0]
+
+    def forwarded(self) -> tuple[Forwarded, ...]:
+        """The pairs that must talk but cannot connect: a third party, linked with both, forwards what it cannot read.
+
+        Such pairs are neighbours in the ring of a `round_robin` group (they hand weights on) and, for every stream, its
+        first data party with each of the others (they agree on the order of sample ids).
+        """
+        return self._connections[1]
+
+    @cached_property
+    def _connections(self) -> tuple[tuple[Link, ...], tuple[Forwarded, ...]]:
+        rank = {name: index for index, name in enumerate(self.parties)}
+        links: dict[frozenset[str], Link] = {}
+        waiting: dict[frozenset[str], _Need] = {}
+        for need in self._needs():
+            first, second = sorted(need.pair, key=rank.__getitem__)
+            if self.parties[second].listen is not None:
+                links.setdefault(need.pair, Link(first, second))
+            elif self.parties[first].listen is not None:
+                links.setdefault(need.pair, Link(second, first))
+            elif need.direct:
+                raise self.error(
+                    f"`{first}` and `{second}` must connect ({need.why}), but neither of them listens",
+                    *need.keys,
+                    expected="`listen` at one of the two",
+                    fix='add `listen: "tcp://0.0.0.0:7400"` and `address: "tcp://HOST:7400"` to one of them',
+                )
+            else:
+                waiting.setdefault(need.pair, need)
+        forwarded = []
+        for pair, need in waiting.items():
+            first, second = sorted(pair, key=rank.__getitem__)
+            via = next(
+                (
+                    third
+                    for third in self.parties
+                    if {frozenset((first, third)), frozenset((second, third))} <= links.keys()
+                ),
+                None,
+            )
+            if via is None:
+                raise self.error(
+                    f"`{first}` and `{second}` must talk ({need.why}), but neither listens and nobody links them",
+                    *need.keys,
+                    expected="`listen` at one of the two, or a party that both connect to",
+                    fix=f"add `listen` (and `address`) to `{first}` or `{second}`",
+                )
+            forwarded.append(Forwarded(first, second, via))
+        return tuple(links.values()), tuple(forwarded)
+
+    def _needs(self) -> Iterator[_Need]:
+        """Every reason for two different parties to talk: edges as in the file, then what follows."""
+        for index, cut in enumerate(self.cuts):
+            ends = self.segments[cut.source].at, self.segments[cut.target].at
+            yield from self._pairs(*ends, f"the cut from `{cut.source}` to `{cut.target}`", ("cuts", index))
+        for index, edge in enumerate(self.labels):
+            yield from self._pairs(
+                edge.source, self.segments[edge.target].at, f"the labels for `{edge.target}`", ("labels", index)
+            )
+        for index, one in enumerate(self.exchanges):
+            yield from self._pairs(one.source, one.target, f"the exchange `{one.name}`", ("exchanges", index))
+        held = {one.at for one in self.segments.values()}
+        for name, group in self.groups.items():
+            if group.schedule == "round_robin" and name in held:
+                for giver, taker in zip(group.members, (*group.members[1:], group.members[0]), strict=True):
+                    if giver != taker:
+                        why = f"`{giver}` hands the weights of the group `{name}` on"
+                        yield _Need(frozenset((giver, taker)), why, ("groups", name), direct=False)
+        for stream in range(self.streams):
+            leader, *others = self.data_parties(stream) or ("",)
+            for other in others:
+                yield _Need(
+                    frozenset((leader, other)),
+                    "they agree on the order of sample ids",
+                    ("parties", other),
+                    direct=False,
+                )
+
+    def _pairs(self, source: str, target: str, why: str, keys: tuple[str | int, ...]) -> Iterator[_Need]:
+        for stream in range(self.streams):
+            pair = frozenset((self.party_at(source, stream), self.party_at(target, stream)))
+            if len(pair) == 2:
+                yield _Need(pair, why, keys, direct=True)
+
+
+def load_graph(path: str | Path) -> Graph:
+    """The graph in the file at ``path``; a ``GraphError`` with file and line where it breaks a rule."""
+    return yamlfile.validate(Graph, yamlfile.read(path, GraphError), GraphError)
+
+
+def parse_graph(text: str, file: str | Path = "graph.yaml") -> Graph:
+    """The graph in ``text``; ``file`` is what errors call it."""
+    return yamlfile.validate(Graph, yamlfile.parse(text, file, GraphError), GraphError)
+
+
+def check_name(name: str) -> None:
+    """Raise ``GraphError`` unless ``name`` may be the name of a party, group, segment or exchange."""
+    try:
+        _name(name)
+    except PydanticCustomError as reason:
+        context = reason.context or {}
+        raise GraphError(context["seen"], expected=context["expected"], fix=context["fix"]) from None
+
+
+# The rules, each with its own words.  They run in this order: a later one may lean on the earlier ones.
+
+
+def _check(graph: Graph) -> None:
+    if graph.version != 1:
+        raise graph.error(
+            f"version {graph.version} of the file format",
+            "splitsec",
+            expected="version 1",
+            fix="write `splitsec: 1`, or install a newer splitsec",
+        )
+    _check_parties(graph)
+    _check_groups(graph)
+    _check_segments(graph)
+    _check_cuts(graph)
+    _check_labels(graph)
+    _check_exchanges(graph)
+    _check_acyclic(graph)
+    _check_reached(graph)
+    _check_joins(graph)
+    _check_used(graph)
+    graph._connections  # noqa: B018  raises where a pair can neither connect nor be forwarded
+
+
+def _check_parties(graph: Graph) -> None:
+    keys: dict[str, str] = {}
+    reached: dict[str, str] = {}
+    for name, party in graph.parties.items():
+        if party.key is not None and keys.setdefault(party.key, name) != name:
+            raise graph.error(
+                f"`{name}` has the same key as `{keys[party.key]}`",
+                "parties",
+                name,
+                "key",
+                expected="a key of its own for every party",
+                fix=f"run `splitsec keys new {name}` at that institution and paste the line it prints",
+            )
+        if party.address is not None and party.listen is None:
+            raise graph.error(
+                f"`{name}` has an `address` but does not listen",
+                "parties",
+                name,
+                "address",
+                expected="`listen` beside `address`",
+                fix='add `listen: "tcp://0.0.0.0:7400"`, or remove `address` where the party only dials',
+            )
+        if party.listen is None or party.dialled is None:
+            continue
+        if _is_wildcard(party.dialled):
+            key, what = ("listen", "listens on") if party.address is None else ("address", "is to be dialled at")
+            raise graph.error(
+                f"`{name}` {what} {party.dialled}, where nobody can dial it",
+                "parties",
+                name,
+                key,
+                expected="a host that others can reach",
+                fix=f'add `address: "tcp://HOST:{party.dialled.rpartition(":")[2]}"` with the host name that others use'
+                if party.address is None
+                else "put the host name that others use in its place",
+            )
+        if party.listen.partition("://")[0] != party.dialled.partition("://")[0]:
+            raise graph.error(
+                f"`{name}` listens on {shown(party.listen)} but is dialled at {shown(party.dialled)}",
+                "parties",
+                name,
+                "address",
+                expected="the same scheme in both",
+                fix="change one of them",
+            )
+        if reached.setdefault(party.dialled, name) != name:
+            raise graph.error(
+                f"`{name}` is dialled at {shown(party.dialled)}, and so is `{reached[party.dialled]}`",
+                "parties",
+                name,
+                "listen" if party.address is None else "address",
+                expected="an address of its own for every party that listens",
+                fix="use another port",
+            )
+
+
+def _check_groups(graph: Graph) -> None:
+    group_of: dict[str, str] = {}
+    first: str | None = None
+    for name, group in graph.groups.items():
+        if name in graph.parties:
+            raise graph.error(
+                f"`{name}` is the name of a group and of a party",
+                "groups",
+                name,
+                expected="one name for one thing: `at` and `from` may name either",
+                fix="rename the group",
+            )
+        if not group.members:
+            raise graph.error(
+                f"the group `{name}` has no members",
+                "groups",
+                name,
+                expected="at least one party",
+                fix="list its members",
+            )
+        for index, member in enumerate(group.members):
+            keys = ("groups", name, "members", index)
+            if member not in graph.parties:
+                raise graph.error(
+                    f"unknown party `{member}` in the group `{name}`",
+                    *keys,
+                    expected="a name from `parties`",
+                    fix=meant(member, graph.parties),
+                )
+            if member in group.members[:index]:
+                raise graph.error(
+                    f"`{member}` is in the group `{name}` twice",
+                    *keys,
+                    expected="every member once",
+                    fix="remove one of them",
+                )
+            if member in group_of:
+                raise graph.error(
+                    f"`{member}` is in the group `{name}` and in the group `{group_of[member]}`",
+                    *keys,
+                    expected="a party in one group only (a group may hold several segments)",
+                    fix="place the segments of both at one group, or take the party out of one of them",
+                )
+            group_of[member] = name
+        if first is None:
+            first = name
+        elif len(group.members) != len(graph.groups[first].members):
+            raise graph.error(
+                f"`{name}` has {len(group.members)} members and `{first}` has {len(graph.groups[first].members)}",
+                "groups",
+                name,
+                "members",
+                expected="groups of one size: member k of each works with member k of the others",
+                fix="add or remove members",
+            )
+        elif group.schedule != graph.groups[first].schedule:
+            raise graph.error(
+                f"the group `{name}` is `{group.schedule}` and `{first}` is `{graph.groups[first].schedule}`",
+                "groups",
+                name,
+                "schedule",
+                expected="one schedule for all groups",
+                fix="change one of them",
+            )
+
+
+def _check_place(graph: Graph, place: str, *keys: str | int) -> None:
+    if place not in graph.parties and place not in graph.groups:
+        known = (*graph.parties, *graph.groups)
+        raise graph.error(
+            f"unknown party or group `{place}`",
+            *keys,
+            expected="a name from `parties` or `groups`",
+            fix=meant(place, known),
+        )
+
+
+def _check_segments(graph: Graph) -> None:
+    for name, segment in graph.segments.items():
+        _check_place(graph, segment.at, "segments", name, "at")
+        if segment.loss is not None and segment.loss not in LOSSES and segment.loss != CUSTOM:
+            raise graph.error(
+                f"unknown loss `{shown(segment.loss)}` of the segment `{name}`",
+                "segments",
+                name,
+                "loss",
+                expected="a standard loss, or `custom` and a function in the party file",
+                fix=meant(segment.loss, (*LOSSES, CUSTOM)),
+            )
+        if segment.loss is None and "loss_weight" in segment.model_fields_set and segment.loss_weight != 1.0:
+            raise graph.error(
+                f"the segment `{name}` has a `loss_weight` but no `loss`",
+                "segments",
+                name,
+                "loss_weight",
+                expected="`loss` beside `loss_weight`",
+                fix="add `loss`, or remove `loss_weight`",
+            )
+
+
+def _check_known_segment(graph: Graph, name: str, *keys: str | int) -> None:
+    if name not in graph.segments:
+        if name in graph.parties or name in graph.groups:
+            held = [one for one, segment in graph.segments.items() if segment.at == name]
+            seen, fix = (
+                f"`{name}` is a party or group, not a segment",
+                "write the segment that it holds" + (f": `{held[0]}`" if held else ""),
+            )
+        else:
+            seen, fix = f"unknown segment `{name}`", meant(name, graph.segments)
+        raise graph.error(seen, *keys, expected="a name from `segments`", fix=fix)
+
+
+def _check_cuts(graph: Graph) -> None:
+    first: dict[tuple[str, str, str | None], int] = {}
+    named: dict[str, int] = {}
+    unnamed: dict[str, int] = {}
+    for index, cut in enumerate(graph.cuts):
+        _check_known_segment(graph, cut.source, "cuts", index, "from")
+        _check_known_segment(graph, cut.target, "cuts", index, "to")
+        _check_size(graph, f"the cut from `{cut.source}` to `{cut.target}`", cut.sample_bytes, "cuts", index, "shape")
+        edge = (cut.source, cut.target, cut.output)
+        if first.setdefault(edge, index) != index:
+            raise graph.error(
+                f"the cut from `{cut.source}` to `{cut.target}` is there twice" + _first(graph, "cuts", first[edge]),
+                "cuts",
+                index,
+                expected="every cut once; two outputs of one segment are told apart by `output`",
+                fix="remove one of them",
+            )
+        (unnamed if cut.output is None else named).setdefault(cut.source, index)
+        if cut.source in named and cut.source in unnamed:
+            raise graph.error(
+                f"some cuts from `{cut.source}` name an `output` and some do not",
+                "cuts",
+                index,
+                expected="`output` at all of them, where the module returns a dict, or at none",
+                fix="add or remove `output`" + _first(graph, "cuts", min(named[cut.source], unnamed[cut.source])),
+            )
+
+
+def _first(graph: Graph, kind: str, index: int) -> str:
+    line = graph.line_of(kind, index)
+    return "" if line is None else f" (the first is on line {line})"
+
+
+def _check_size(graph: Graph, what: str, size: int, *keys: str | int) -> None:
+    if size > MAX_SAMPLE_BYTES:
+        raise graph.error(
+            f"{what} carries {size:,} bytes a sample", *keys, expected="at most 1 GiB", fix="check the shape"
+        )
+
+
+def _check_labels(graph: Graph) -> None:
+    first: dict[str, int] = {}
+    for index, edge in enumerate(graph.labels):
+        _check_place(graph, edge.source, "labels", index, "from")
+        _check_known_segment(graph, edge.target, "labels", index, "to")
+        _check_size(graph, f"the labels edge to `{edge.target}`", edge.sample_bytes, "labels", index, "shape")
+        loss = graph.segments[edge.target].loss
+        if loss is None:
+            raise graph.error(
+                f"labels for `{edge.target}`, which computes no loss",
+                "labels",
+                index,
+                "to",
+                expected="a segment with `loss`",
+                fix=f"add `loss` to `{edge.target}`, or bring the labels to the segment that has it",
+            )
+        if first.setdefault(edge.target, index) != index:
+            raise graph.error(
+                f"two labels edges to `{edge.target}`" + _first(graph, "labels", first[edge.target]),
+                "labels",
+                index,
+                expected="one labels edge for every segment with a loss",
+                fix="remove one; where several parties hold labels, make them a group",
+            )
+        allowed = LOSSES[loss].labels if loss in LOSSES else (edge.dtype,)
+        if edge.dtype not in allowed:
+            raise graph.error(
+                f"labels of dtype {edge.dtype} for the loss {loss}",
+                "labels",
+                index,
+                "dtype",
+                expected=" or ".join(allowed),
+                fix=f"write `dtype: {'int64' if 'int64' in allowed else 'float32'}`, and check the `shape`",
+            )
+    for name, segment in graph.segments.items():
+        if segment.loss is not None and name not in first:
+            raise graph.error(
+                f"the segment `{name}` computes a loss, but no edge brings it labels",
+                "segments",
+                name,
+                "loss",
+                expected="a labels edge, also where the labels are at the same party",
+                fix=f"add `{{from: {segment.at}, to: {name}}}` under `labels`, or another `from` that holds them",
+            )
+
+
+def _check_exchanges(graph: Graph) -> None:
+    first: dict[str, int] = {}
+    for index, one in enumerate(graph.exchanges):
+        for key, name in (("from", one.source), ("to", one.target)):
+            if name not in graph.parties:
+                known = "a group, not a party" if name in graph.groups else "unknown"
+                raise graph.error(
+                    f"the exchange `{one.name}` names `{name}`, which is {known}",
+                    "exchanges",
+                    index,
+                    key,
+                    expected="a name from `parties`",
+                    fix=meant(name, graph.parties),
+                )
+        if one.source == one.target:
+            raise graph.error(
+                f"the exchange `{one.name}` goes from `{one.source}` to itself",
+                "exchanges",
+                index,
+                "to",
+                expected="two parties",
+                fix="change one",
+            )
+        if first.setdefault(one.name, index) != index:
+            raise graph.error(
+                f"two exchanges are called `{one.name}`",
+                "exchanges",
+                index,
+                "name",
+                expected="a name of its own for each",
+                fix="rename one",
+            )
+        fixed = math.prod(size or 1 for size in one.shape) * DTYPE_BYTES[one.dtype]
+        if fixed > one.max_bytes:
+            raise graph.error(
+                f"the exchange `{one.name}` needs at least {fixed:,} bytes but allows {one.max_bytes:,}",
+                "exchanges",
+                index,
+                "shape",
+                expected="a tensor that fits in `max_bytes`",
+                fix=f"write `max_bytes: {fixed}` or more",
+            )
+
+
+def _check_acyclic(graph: Graph) -> None:
+    cycle = _cycle(graph)
+    if cycle:
+        names = [graph.cuts[index].source for index in cycle]
+        raise graph.error(
+            "the segments form a cycle: " + " -> ".join((*names, names[0])),
+            "cuts",
+            cycle[-1],
+            expected="cuts that lead from the data to the loss and never back",
+            fix="remove one of these cuts, or split a segment in two, each with its own name",
+        )
+
+
+def _cycle(graph: Graph) -> list[int]:
+    """Indices in ``cuts`` of a cycle, in its order; empty where there is none.  Iterative: chains may be long."""
+    state: dict[str, Literal["open", "done"]] = {}
+    for start in graph.segments:
+        if start in state:
+            continue
+        state[start] = "open"
+        path: list[int] = []
+        stack = [(start, iter(graph.edges_out_of(start)))]
+        while stack:
+            name, edges = stack[-1]
+            edge = next(edges, None)
+            if edge is None:
+                state[name] = "done"
+                stack.pop()
+                if path:
+                    path.pop()
+                continue
+            target = graph.cuts[edge].target
+            if state.get(target) == "open":
+                path.append(edge)
+                begin = next(i for i, index in enumerate(path) if graph.cuts[index].source == target)
+                return path[begin:]
+            if target not in state:
+                state[target] = "open"
+                path.append(edge)
+                stack.append((target, iter(graph.edges_out_of(target))))
+    return []
+
+
+def _check_reached(graph: Graph) -> None:
+    for name, segment in graph.segments.items():
+        if not graph.edges_into(name) and segment.data is None:
+            raise graph.error(
+                f"no edge reaches the segment `{name}`",
+                "segments",
+                name,
+                expected="a cut that ends there, or `data`, the field of the samples that it reads",
+                fix=f"add `data: x` to `{name}`, or `{{from: ..., to: {name}, ...}}` under `cuts`",
+            )
+    for name, segment in graph.segments.items():
+        if not graph.edges_out_of(name) and segment.loss is None:
+            raise graph.error(
+                f"the segment `{name}` leads nowhere",
+                "segments",
+                name,
+                expected="a cut that begins there, or a `loss`: without either, nothing could train it",
+                fix=f"add `loss: cross_entropy` to `{name}`, or `{{from: {name}, to: ..., ...}}` under `cuts`",
+            )
+
+
+def _check_joins(graph: Graph) -> None:
+    for name, segment in graph.segments.items():
+        edges = graph.edges_into(name)
+        if segment.join == "arguments" or len(edges) < 2:
+            continue
+        first = graph.cuts[edges[0]]
+        for index in edges[1:]:
+            cut = graph.cuts[index]
+            if segment.join == "concat":
+                fits = cut.shape[1:] == first.shape[1:] and len(cut.shape) == len(first.shape) > 0
+                wanted = f"shapes that differ in their first number only, as {shown(first.shape)} from `{first.source}`"
+            else:
+                fits, wanted = cut.shape == first.shape, f"the shape {shown(first.shape)}, as from `{first.source}`"
+            if not fits:
+                raise graph.error(
+                    f"`{name}` joins its inputs by `{segment.join}`, but `{cut.source}` sends {shown(cut.shape)}",
+                    "cuts",
+                    index,
+                    "shape",
+                    expected=wanted,
+                    fix=f"change the shape, or write `join: arguments` at `{name}` and join them in its module",
+                )
+            if cut.dtype != first.dtype:
+                raise graph.error(
+                    f"`{name}` joins its inputs by `{segment.join}`, but `{cut.source}` sends {cut.dtype}",
+                    "cuts",
+                    index,
+                    "dtype",
+                    expected=f"{first.dtype}, as from `{first.source}`",
+                    fix=f"change the dtype, or write `join: arguments` at `{name}` and join them in its module",
+                )
+
+
+def _check_used(graph: Graph) -> None:
+    if not graph.segments and not graph.exchanges:
+        raise graph.error(
+            "the graph has neither segments nor exchanges",
+            expected="something to do",
+            fix="add `segments` and `cuts`, or `exchanges`",
+        )
+    places = {one.at for one in graph.segments.values()} | {one.source for one in graph.labels}
+    for name in graph.groups:
+        if name not in places:
+            raise graph.error(
+                f"nothing is placed at the group `{name}`",
+                "groups",
+                name,
+                expected="a segment or labels at every group",
+                fix=f"write `at: {name}` at a segment, or remove the group",
+            )
+    busy = {member for place in places for member in graph.members(place)}
+    busy |= {end for one in graph.exchanges for end in (one.source, one.target)}
+    for name in graph.parties:
+        if name not in busy:
+            raise graph.error(
+                f"the party `{name}` has nothing to do",
+                "parties",
+                name,
+                expected="a segment, labels or an exchange for every party",
+                fix="place something there, or remove the party",
+            )

@@ -1,0 +1,280 @@
+"""The only door: every tensor that leaves a party passes ``release``, every one that enters passes ``admit``.
+
+Here: what the graph declares against what is offered, in both directions; counts of what passed.  Privacy mechanisms,
+ledger and journal will stand here too, before the channel sees anything.  Not here: what the tensors are for
+(``engine``). Next: ``messages`` turns a message to bytes, ``splitsec.transports`` carries them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable
+from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
+from splitsec.plan import Lane, Plan
+from splitsec.transports import errors as below
+from splitsec.transports.iothread import Closed, CloseCode, Event, Opened, Received
+
+__all__ = ["Guard", "MessageThread", "Traffic"]
+
+MOST_WAITING: Final = 65_536
+"""Messages that may wait on one lane: far above the micro-batches of a few steps, far below what would fill memory."""
+
+LaneKey = tuple[str, int]
+
+
+class MessageThread(Protocol):
+    """What the guard needs of ``splitsec.transports.iothread.IOThread``."""
+
+    def send(self, peer: bytes, lane: int, header: bytes, body: Any = ()) -> None: ...
+    def receive(self, timeout: float | None = None) -> Event | None: ...
+    def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None: ...
+
+
+@dataclass
+class Traffic:
+    """What passed one lane: messages, and bytes of header and body before encryption."""
+
+    messages: int = 0
+    bytes: int = 0
+
+
+class Guard:
+    """One party's door.  ``keys``: party name to X25519 public key for every peer in the plan."""
+
+    def __init__(self, plan: Plan, keys: Mapping[str, bytes], thread: MessageThread, *, connect_timeout: float) -> None:
+        self.plan = plan
+        self.traffic: dict[LaneKey, Traffic] = defaultdict(Traffic)
+        self._thread = thread
+        self._keys = dict(keys)
+        self._names = {key: name for name, key in keys.items()}
+        self._last_out: dict[LaneKey, tuple[int, ...]] = {}
+        self._last_in: dict[LaneKey, tuple[int, ...]] = {}
+        self._waiting: dict[LaneKey, deque[Message]] = defaultdict(deque)
+        self._opened: set[str] = set()
+        self._gone: dict[str, PeerError] = {}
+        self._connect_timeout = connect_timeout
+        self.on_opened: Callable[[str], None] = lambda party: None
+
+    # --- out
+
+    def release(self, lane: LaneKey, message: Message) -> None:
+        """Let ``message`` out on ``lane`` (peer, number), if the graph declares it so.  Raises ``EgressRefused``.
+
+        Tensors are lent to the channel until they are sent: do not change them in place afterwards.
+        """
+        declared = self.plan.lanes_out.get(lane)
+        if declared is None:
+            raise EgressRefused(
+                f"a {message.kind} message for {lane[0]} on lane {lane[1]}", expected="a cut that the graph declares"
+            )
+        complaint = _complaint(declared, message, self._last_out.get(lane))
+        if complaint is not None:
+            raise EgressRefused(
+                f"{declared.kind} of {declared.name} to {declared.peer}: {complaint}",
+                expected=_declaration(declared),
+                fix="nothing was sent; " + _advice(complaint),
+            )
+        if lane[0] in self._gone:
+            raise self._gone[lane[0]]
+        if message.key:
+            self._last_out[lane] = message.key
+        header, body = encode(message)
+        try:
+            self._thread.send(self._keys[declared.peer], declared.number, header, body)
+        except below.TransportsError as error:
+            raise self._peer_error(declared.peer, error) from error
+        passed = self.traffic[lane]
+        passed.messages += 1
+        passed.bytes += len(header) + sum(part.nbytes for part in body)
+
+    # --- in
+
+    def admit(self, arrived: Received) -> None:
+        """Check one message against its lane's declaration and let it wait there.  Raises ``PeerMisbehaved``."""
+        party = self._names[arrived.peer]
+        key = (party, arrived.lane)
+        declared = self.plan.lanes_in.get(key)
+        if declared is None:
+            raise PeerMisbehaved(
+                f"sent a message on lane {arrived.lane}", party=party, expected="only what the graph declares"
+            )
+        try:
+            message = decode(arrived.header, arrived.body)
+        except BadMessage as error:
+            raise PeerMisbehaved(f"sent an unreadable message for {declared.name}: {error}", party=party) from error
+        complaint = _complaint(declared, message, self._last_in.get(key))
+        if complaint is None and len(self._waiting[key]) >= MOST_WAITING:
+            complaint = f"more than {MOST_WAITING} messages ahead of us"
+        if complaint is not None:
+            raise PeerMisbehaved(
+                f"{declared.kind} of {declared.name}: {complaint}", party=party, expected=_declaration(declared)
+            )
+        if message.key:
+            self._last_in[key] = message.key
+        self._waiting[key].append(message)
+
+    def peek(self, lane: LaneKey) -> Message | None:
+        """The oldest message waiting on ``lane``, or None."""
+        queue = self._waiting.get(lane)
+        return queue[0] if queue else None
+
+    def take(self, lane: LaneKey) -> Message:
+        """Take the oldest message waiting on ``lane``, waiting for it if there is none."""
+        while not self._waiting[lane]:
+            self.wait(on=(lane[0],))
+        return self._waiting[lane].popleft()
+
+    def wait(self, *, on: Iterable[str] = (), timeout: float | None = None) -> bool:
+        """Wait for the next event and deal with it; False if ``timeout`` seconds pass without one.
+
+        ``on``: parties without whose messages there is no going on; raises their error if one of them has gone.
+        """
+        for party in on:
+            if party in self._gone:
+                raise self._gone[party]
+        event = self._thread.receive(timeout)
+        match event:
+            case None:
+                return False
+            case Received():
+                self.admit(event)
+            case Opened(peer=peer):
+                party = self._names[peer]
+                self._opened.add(party)
+                self.on_opened(party)
+            case Closed(peer=peer, error=error, code=code):
+                self._close_event(self._names[peer], error, code)
+        return True
+
+    def open_all(self, parties: Iterable[str]) -> None:
+        """Wait until every one of ``parties`` is connected and authenticated.  Raises ``PeerUnreachable`` and its
+        like.
+        """
+        wanted = set(parties)
+        deadline = time.monotonic() + self._connect_timeout
+        while not wanted <= self._opened:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.wait(timeout=left):
+                missing = sorted(wanted - self._opened)
+                raise PeerUnreachable(
+                    f"did not come up within {self._connect_timeout:g} s"
+                    + (f" (nor did {', '.join(missing[1:])})" if missing[1:] else ""),
+                    party=missing[0],
+                    expected="every party of the graph running, and reachable at the address the graph gives",
+                    fix="start that party, check its log, or raise `timeouts: {connect: ...}` in the graph file",
+                )
+
+    def _close_event(self, party: str, error: below.TransportsError | None, code: int) -> None:
+        if error is not None:
+            self._gone[party] = self._peer_error(party, error)
+            raise self._gone[party]
+        seen, fix = _GOODBYES.get(code, _GOODBYES[CloseCode.ERROR])
+        self._gone[party] = PeerLost(seen, party=party, expected="it to stay until the last step", fix=fix)
+        if code != CloseCode.NORMAL:
+            raise self._gone[party]
+
+    def _peer_error(self, party: str, error: below.TransportsError) -> PeerError:
+        if isinstance(error, below.Refused):
+            return PeerRefusedUs(f"no session: {error}", party=party, **_REFUSALS[error.reason])
+        if isinstance(error, below.PeerMisbehaved):
+            return PeerMisbehaved(
+                f"{error}", party=party, expected="only frames of this session, each once, unaltered and in order"
+            )
+        if isinstance(error, below.Lost):
+            if party in self._opened:
+                return PeerLost(
+                    f"was lost: {error}", party=party, fix=f"look whether {party} still runs and is connected"
+                )
+            return PeerUnreachable(
+                f"did not come up: {error}",
+                party=party,
+                fix="start that party, check its log, or raise `timeouts: {connect: ...}` in the graph file",
+            )
+        return PeerLost(f"cannot be sent to: {error}", party=party)
+
+    def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None:
+        """Send what is queued, say goodbye with ``reason``, and give the sockets back."""
+        self._thread.close(reason, linger)
+
+
+_GOODBYES: Final[dict[int, tuple[str, str]]] = {
+    CloseCode.NORMAL: ("left before the run was over", "look whether it runs the same graph file"),
+    CloseCode.ERROR: ("stopped because of an error of its own", "read its log: it says why"),
+    CloseCode.MISBEHAVED: ("closed the channel: it says that we sent what the graph does not allow", "read its log"),
+    CloseCode.LOST: ("closed the channel: it had not heard from us for too long", "look at the connection"),
+    CloseCode.STOPPED: ("was stopped by its operator", "ask there"),
+}
+
+_REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
+    below.RefusalReason.VERSION: {
+        "expected": "the same protocol version on both sides",
+        "fix": "install the same splitsec release at both parties",
+    },
+    below.RefusalReason.DIGEST_DIFFERS: {
+        "expected": "the same graph file, to the character, at every party",
+        "fix": "compare both graph files (`splitsec check` prints the digest)",
+    },
+    below.RefusalReason.WRONG_KEY: {
+        "expected": "the party at that address to hold the key that the graph file gives it",
+        "fix": "compare its key in the graph file with `splitsec keys show` at that party",
+    },
+    below.RefusalReason.UNKNOWN_KEY: {
+        "expected": "our key to stand in the peer's graph file",
+        "fix": "check that our key file belongs to the key that the graph file gives us",
+    },
+    below.RefusalReason.BUSY: {"expected": "a free place", "fix": "look whether this party is running twice"},
+}
+
+
+def _declaration(lane: Lane) -> str:
+    if not lane.dtype:
+        return f"{lane.kind} messages"
+    shape = ", ".join("any" if extent is None else str(extent) for extent in lane.shape)
+    rows = "" if lane.rows is None else f"up to {lane.rows} samples of "
+    return f"{rows}shape [{shape}], {lane.dtype}, finite, each once and in order"
+
+
+def _advice(complaint: str) -> str:
+    if "NaN" in complaint:
+        return "training diverged here: try a smaller learning rate, or look at the data"
+    return "make the segment and the graph file agree"
+
+
+def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:
+    """What is wrong with ``message`` on ``lane``, or None.  The same rules in both directions."""
+    if message.kind != lane.kind:
+        return f"a {message.kind!r} message"
+    if message.key and last is not None and message.key <= last:
+        return f"message {message.key} after {last}"
+    tensors = message.tensors
+    if lane.kind in ("activation", "gradient", "labels"):
+        if len(message.key) != 2:
+            return "no step and micro-batch"
+        if lane.kind == "gradient" and not tensors:
+            return None
+    if lane.kind in ("activation", "gradient", "labels", "exchange"):
+        if len(tensors) != 1:
+            return f"{len(tensors)} tensors"
+    elif lane.kind in ("control", "taken"):
+        return f"{len(tensors)} tensors" if tensors else None
+    for tensor in tensors.values():
+        if lane.dtype:
+            shape = tuple(tensor.shape)
+            if lane.rows is not None:
+                if not shape or not 0 < shape[0] <= lane.rows:
+                    return f"shape {list(shape)}"
+                shape = shape[1:]
+            if len(shape) != len(lane.shape) or any(
+                want is not None and want != got for want, got in zip(lane.shape, shape, strict=True)
+            ):
+                return f"shape {list(tensor.shape)}"
+            if NAMES.get(tensor.dtype) != lane.dtype:
+                return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+        if not finite(tensor):
+            return "NaN or infinite values"
+    return None

@@ -1,0 +1,405 @@
+"""One institution's process: read files, open channels, run turns, close.
+
+Here: the whole life of a party, top to bottom, the same in a simulation and in a pilot.  Not here: one step
+(``engine``), whose turn it is (``schedule``), what may cross the line (``guard``).  Next: ``plan``, then ``engine``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from splitsec import agreement
+from splitsec.contract import digest
+from splitsec.engine import Engine
+from splitsec.errors import GraphError, PartyFileError, PeerMisbehaved, UserError
+from splitsec.graph import Graph
+from splitsec.guard import Guard
+from splitsec.identity import parse_public
+from splitsec.messages import Message
+from splitsec.partyfile import PartyFile
+from splitsec.plan import Plan, make_plan, weights_lane
+from splitsec.probe import check_shapes
+from splitsec.samples import Samples, epoch_order, read_own
+from splitsec.schedule import (
+    SPLIT,
+    TRAIN,
+    HandOn,
+    MicroBatch,
+    Turn,
+    prediction_schedule,
+    run_schedule,
+    steps_of,
+)
+from splitsec.segments import Segment, build_segments
+from splitsec.transports.iothread import CloseCode, IOThread, Peer
+
+__all__ = ["Job", "Party", "Report", "run_party"]
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, score, traffic, saved,
+done.
+"""
+
+STEP_REPORT_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.  ``out``: folder for trained segments and predictions; ``weights``: folder of trained segments to
+    load.
+    """
+
+    action: Literal["train", "predict"] = "train"
+    out: Path | None = None
+    weights: Path | None = None
+    split: Literal["train", "test", "predict"] = "predict"
+
+
+def run_party(
+    graph: Graph,
+    party_file: PartyFile,
+    *,
+    private_key: bytes,
+    job: Job | None = None,
+    report: Report = lambda event: None,
+) -> None:
+    """Run one party of ``graph`` from connecting to the last step.
+
+    ``graph`` must give every party a key.  Raises ``SplitsecError``; the other parties are then told that this one
+    has left.
+    """
+    party = Party(graph, party_file, private_key=private_key, job=job or Job(), report=report)
+    reason = CloseCode.ERROR
+    try:
+        party.connect()
+        party.agree()
+        party.run()
+        party.save()
+        reason = CloseCode.NORMAL
+    finally:
+        party.close(reason)
+
+
+def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | None = None) -> Guard:
+    """The door of ``plan.party`` with its I/O thread started: listening, dialling, and forwarding for others where it
+    must.
+    """
+    name = plan.party
+    keys: dict[str, bytes] = {}
+    for party, entry in graph.parties.items():
+        if entry.key is None:
+            raise GraphError(
+                f"party {party!r} has no key",
+                file=graph.file,
+                line=graph.line_of("parties", party),
+                expected="a public key for every party",
+                fix=f"run `splitsec keys new {party}` there and paste the line that it prints",
+            )
+        keys[party] = parse_public(entry.key)
+
+    def lanes(peer: str) -> dict[int, int]:
+        return {number: lane.max_body for (other, number), lane in plan.lanes_in.items() if other == peer}
+
+    peers = []
+    for link in graph.links():
+        if name == link.dialer:
+            peers.append(
+                Peer(keys[link.listener], dial=graph.parties[link.listener].dialled, lanes=lanes(link.listener))
+            )
+        elif name == link.listener:
+            peers.append(Peer(keys[link.dialer], lanes=lanes(link.dialer)))
+    forwards = []
+    for pair in graph.forwarded():
+        if name in (pair.first, pair.second):
+            other = pair.second if name == pair.first else pair.first
+            peers.append(Peer(keys[other], via=keys[pair.via], initiator=name == pair.first, lanes=lanes(other)))
+        elif name == pair.via:
+            forwards.append(frozenset((keys[pair.first], keys[pair.second])))
+    thread = IOThread(
+        private_key=private_key,
+        digest=digest(graph),
+        peers=peers,
+        listen=listen or graph.parties[name].listen,
+        forwards=forwards,
+        connect_timeout=graph.timeouts.connect,
+        lost_after=graph.timeouts.lost,
+    )
+    thread.start()
+    return Guard(
+        plan, {other: keys[other] for other in peers_of(graph, name)}, thread, connect_timeout=graph.timeouts.connect
+    )
+
+
+def peers_of(graph: Graph, name: str) -> tuple[str, ...]:
+    """Parties that ``name`` has a channel with: over a link, or forwarded by a third."""
+    pairs = [
+        *((link.dialer, link.listener) for link in graph.links()),
+        *((f.first, f.second) for f in graph.forwarded()),
+    ]
+    return tuple(b if a == name else a for a, b in pairs if name in (a, b))
+
+
+def neighbours_of(graph: Graph, name: str) -> tuple[str, ...]:
+    """Parties that ``name`` has a link with."""
+    return tuple(a if b == name else b for a, b in graph.links() if name in (a, b))
+
+
+class Party:
+    """The state of one party during a run; ``run_party`` calls its methods in order."""
+
+    def __init__(self, graph: Graph, party_file: PartyFile, *, private_key: bytes, job: Job, report: Report) -> None:
+        """Build the segments and read the samples; nothing is opened and nothing leaves."""
+        self.graph = graph
+        self.file = party_file
+        self.name = party_file.party
+        self.job = job
+        self.report = report
+        self.plan = make_plan(graph, self.name)
+        self.neighbours = neighbours_of(graph, self.name)
+        self.segments = build_segments(graph, party_file)
+        if job.weights is not None:
+            load_segments(self.segments, job.weights, self.name)
+        self.own = self._read_samples()
+        check_shapes(graph, party_file, self.plan, self.segments, self.own)
+        self.rows: dict[int, dict[str, torch.Tensor]] = {}
+        self.counts: list[dict[str, int]] = []
+        self.predictions: dict[str, list[torch.Tensor]] = {}
+        self._guard: Guard | None = None
+        self._private_key = private_key
+        report({"event": "ready", "samples": {split: samples.count for split, samples in self.own.items()}})
+
+    @property
+    def guard(self) -> Guard:
+        assert self._guard is not None, "connect first"
+        return self._guard
+
+    # --- before the first step
+
+    def _read_samples(self) -> dict[str, Samples]:
+        if self.job.action == "train":
+            return read_own(self.file, self.plan, ("train", "test"), labels=True)
+        own = read_own(self.file, self.plan, (self.job.split,), labels=False)
+        if not own and any(stream.fields(labels=False) for stream in self.plan.streams):
+            raise self.file.error(
+                f"no samples to predict: `data` has no `{self.job.split}`",
+                "data",
+                fix=f'add `{self.job.split}: "data:{self.job.split}"`, or choose other samples with --data',
+            )
+        return {"predict": own[self.job.split]} if own else {}
+
+    def connect(self) -> None:
+        """Open a channel to every peer.  Raises ``PeerUnreachable``, ``PeerRefusedUs``."""
+        self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen)
+        self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
+        self._guard.open_all(peers_of(self.graph, self.name))
+        self.report({"event": "connected"})
+
+    def agree(self) -> None:
+        """Agree on the order of samples and their number."""
+        led: dict[int, dict[str, int]] = {}
+        for stream in self.plan.streams:
+            holders = self.graph.data_parties(stream.stream)
+            if self.name not in holders:
+                continue
+            self.rows[stream.stream] = agreement.agree_on_order(
+                self.graph, self.name, self.guard, stream.stream, self.own
+            )
+            if self.name == holders[0]:
+                led[stream.stream] = {
+                    split: len(self.rows[stream.stream].get(split, ())) for split in ("train", "test", "predict")
+                }
+        self.counts = agreement.agree_on_counts(self.graph, self.name, self.guard, self.neighbours, led)
+        self.report({"event": "agreed", "counts": self.counts})
+        if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
+            raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
+
+    # --- the run
+
+    def run(self) -> None:
+        """Every turn of the run, in the order that all parties work out alike."""
+        engine = Engine(self.plan, self.segments, self.guard)
+        schedule = (
+            run_schedule(self.graph, epochs=self.graph.training.epochs)
+            if self.job.action == "train"
+            else prediction_schedule(self.graph)
+        )
+        number = update = 0
+        for place, turn in enumerate(schedule):
+            if isinstance(turn, HandOn):
+                self._hand_on(turn, place)
+                continue
+            number, update = self._take_turn(engine, turn, number, update)
+        agreement.stay_until_all_are_done(self.graph, self.name, self.guard, self.neighbours)
+
+    def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
+        orders = {stream: self._order_of(turn, stream) for stream in turn.streams if stream in self.rows}
+
+        def rows(micro: MicroBatch, field: str) -> torch.Tensor:
+            chosen = orders[micro.stream][micro.start : micro.start + micro.rows]
+            return self.own[SPLIT[turn.phase]].fields[field][chosen]
+
+        steps = list(steps_of(self.graph, turn, self.counts, number))
+        if all(self.plan.streams[stream].idle for stream in turn.streams):
+            return number + len(steps), update + (len(steps) if turn.phase == TRAIN else 0)
+        self.report(
+            {
+                "event": "turn",
+                "phase": turn.phase,
+                "epoch": turn.epoch,
+                "streams": list(turn.streams),
+                "steps": len(steps),
+            }
+        )
+        said = time.monotonic()
+        for place, step in enumerate(steps):
+            made = engine.run_step(step, rows, update=update)
+            update += turn.phase == TRAIN
+            for name, outputs in made.items():
+                self.predictions.setdefault(name, []).extend(outputs)
+            if (now := time.monotonic()) - said >= STEP_REPORT_SECONDS or place + 1 == len(steps):
+                said = now
+                self.report(
+                    {"event": "step", "phase": turn.phase, "epoch": turn.epoch, "done": place + 1, "of": len(steps)}
+                )
+        for segment in self.segments.values():
+            score = segment.take_score()
+            if score.rows:
+                self.report(
+                    {
+                        "event": "score",
+                        "phase": turn.phase,
+                        "epoch": turn.epoch,
+                        "segment": segment.name,
+                        "loss": score.loss,
+                        "correct": score.correct,
+                        "rows": score.rows,
+                        "weight": self.graph.segments[segment.name].loss_weight,
+                    }
+                )
+        return number + len(steps), update
+
+    def _order_of(self, turn: Turn, stream: int) -> torch.Tensor:
+        rows = self.rows[stream].get(SPLIT[turn.phase], torch.empty(0, dtype=torch.int64))
+        if turn.phase != TRAIN:
+            return rows
+        return rows[epoch_order(self.graph.training.seed, turn.epoch, stream, len(rows))]
+
+    def _hand_on(self, turn: HandOn, place: int) -> None:
+        for name, entry in self.graph.segments.items():
+            members = self.graph.members(entry.at)
+            if len(members) == 1:
+                continue
+            giver, taker = members[turn.giver], members[turn.taker]
+            lane = weights_lane(self.graph, name)
+            if self.name == giver:
+                tensors, plain = self.segments[name].hand_on()
+                self.guard.release((taker, lane), Message("weights", (place,), plain, tensors))
+            elif self.name == taker:
+                message = self.guard.take((giver, lane))
+                try:
+                    self.segments[name].take_over(message.tensors, message.facts)
+                except (ValueError, RuntimeError, KeyError) as error:
+                    raise PeerMisbehaved(
+                        f"handed on weights of {name!r} that do not fit: {error}",
+                        party=giver,
+                        expected="the same module and optimizer at every member of the group",
+                    ) from error
+
+    # --- after the last step
+
+    def save(self) -> None:
+        """Write what this party ends with to its own folder: trained segments, or predictions; then say what passed
+        the door.
+        """
+        if self.job.out is not None:
+            folder = self.job.out / self.name
+            if self.job.action == "train" and self.segments:
+                save_segments(self.segments, folder)
+                self.report({"event": "saved", "folder": str(folder)})
+            elif self.job.action == "predict":
+                self._save_predictions(folder)
+        self.report({"event": "traffic", "lanes": traffic_of(self.guard)})
+        self.report({"event": "done"})
+
+    def _save_predictions(self, folder: Path) -> None:
+        """Predictions where the last segment is, ids where the samples are; rows of both stand in the same order."""
+        outputs = {segment: torch.cat(parts).contiguous() for segment, parts in self.predictions.items()}
+        mine = [stream for stream in self.rows if self.name == self.graph.data_parties(stream)[0]]
+        samples = self.own.get("predict")
+        if not outputs and (not mine or samples is None):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if outputs:
+            save_file(outputs, folder / "predictions.safetensors")
+        if mine and samples is not None:
+            ids = [
+                sample_id
+                for stream in mine
+                for sample_id in (samples.ids or [str(row) for row in range(samples.count)])
+            ]
+            (folder / "predicted_ids.json").write_text(json.dumps(ids) + "\n")
+        self.report(
+            {
+                "event": "saved",
+                "folder": str(folder),
+                "predicted": {name: len(tensor) for name, tensor in outputs.items()},
+            }
+        )
+
+    def close(self, reason: int) -> None:
+        """Leave: say goodbye to every peer and give the sockets back."""
+        if self._guard is not None:
+            self._guard.close(reason)
+
+
+def traffic_of(guard: Guard) -> list[dict[str, Any]]:
+    """What left through ``guard``, by lane, as plain values."""
+    rows = []
+    for lane, passed in guard.traffic.items():
+        declared = guard.plan.lanes_out[lane]
+        rows.append(
+            {
+                "kind": declared.kind,
+                "name": declared.name,
+                "peer": declared.peer,
+                "messages": passed.messages,
+                "bytes": passed.bytes,
+            }
+        )
+    return rows
+
+
+def save_segments(segments: Mapping[str, Segment], folder: Path) -> None:
+    """Write ``folder/<segment>.safetensors`` for every segment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, segment in segments.items():
+        partial = folder / f".{name}.safetensors.partial"
+        save_file(segment.weights(), partial)
+        partial.replace(folder / f"{name}.safetensors")
+
+
+def load_segments(segments: Mapping[str, Segment], weights: Path, party: str) -> None:
+    """Load ``weights/<party>/<segment>.safetensors`` into every segment.  Raises ``PartyFileError``."""
+    for name, segment in segments.items():
+        file = weights / party / f"{name}.safetensors"
+        if not file.is_file():
+            raise PartyFileError(
+                "no trained segment there",
+                file=file,
+                expected="a folder that `--out` of a training run wrote",
+                fix="train first, or name the folder",
+            )
+        try:
+            segment.load_weights(load_file(file))
+        except Exception as error:  # safetensors raises its own class for broken files
+            raise PartyFileError(
+                f"does not fit segment {name!r}: {error}", file=file, expected="weights of the same module"
+            ) from error

@@ -1,0 +1,535 @@
+"""The party file: one institution's private half of the work, and the folder that holds a graph with its party files.
+
+Here: the models of the file, what a party must define to match its graph, and the loading of the functions that it
+names.  Not here: what those functions return; segments.py and samples.py check that, where the story goes next.
+Importing a party's modules runs that institution's own code: a party file is trusted by who wrote it, and never shared.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from splitsec import yamlfile
+from splitsec.errors import PartyFileError
+from splitsec.graph import CUSTOM, Address, Graph, Name, load_graph
+from splitsec.yamlfile import Document, FrozenDict, meant, mistake, shown
+
+__all__ = [
+    "DataFunctions",
+    "Folder",
+    "Optimizer",
+    "PartyFile",
+    "SegmentCode",
+    "check_party",
+    "load_folder",
+    "load_function",
+    "load_party",
+]
+
+GRAPH_FILE: Final = "graph.yaml"
+PARTIES: Final = "parties"
+
+_FUNCTION = re.compile(r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z", re.ASCII)
+
+
+def _function_name(text: str) -> str:
+    if not _FUNCTION.match(text):
+        raise mistake(
+            f"`{shown(text)}` where a function is named",
+            expected="MODULE:FUNCTION, e.g. `models:stem` for the function `stem` in models.py beside the party file",
+            fix="write the module without `.py`, a colon, and the function's name without brackets",
+        )
+    return text
+
+
+def _optimizer_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+", text) and not _FUNCTION.match(text):
+        raise mistake(
+            f"the optimizer `{shown(text)}`",
+            expected="a class of torch.optim in lower case, e.g. `sgd` or `adam`, or MODULE:CLASS",
+            fix=f"write `{text.lower()}`" if re.fullmatch(r"\w+", text) else "correct the name",
+        )
+    return text
+
+
+FunctionName = Annotated[str, AfterValidator(_function_name)]
+Arguments = Annotated[dict[str, Any], AfterValidator(FrozenDict)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class Optimizer(_Entry):
+    """How a segment's weights are updated; every key but `name` is an argument of the optimizer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, AfterValidator(_optimizer_name)] = Field(
+        description="class of `torch.optim` in lower case, e.g. `sgd`, `adam`, `adamw`; or `module:Class`; "
+        "the other keys are its arguments"
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the optimizer, e.g. ``{"lr": 0.001}``."""
+        return dict(self.model_extra or {})
+
+
+class SegmentCode(_Entry):
+    """What builds and trains one segment at this party."""
+
+    model: FunctionName = Field(description="`module:function` that returns the segment as an `nn.Module`")
+    args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of that function")
+    optimizer: Optimizer = Field(description="how the segment's weights are updated, e.g. `{name: adam, lr: 0.001}`")
+    loss: FunctionName | None = Field(
+        default=None,
+        description="`module:function` that returns the loss, where the graph says `loss: custom`; "
+        "it is called as loss(output, labels)",
+    )
+    loss_args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of that function")
+
+
+class DataFunctions(_Entry):
+    """Where the party's samples come from: functions that return a dict of fields, and optionally `id`."""
+
+    train: FunctionName = Field(description="`module:function` that returns the samples to train on")
+    test: FunctionName | None = Field(
+        default=None, description="`module:function` that returns the samples held out for evaluation"
+    )
+    predict: FunctionName | None = Field(
+        default=None, description="`module:function` that returns the samples to predict"
+    )
+    args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of all of them")
+
+
+class PartyFile(_Entry):
+    """A whole party file."""
+
+    party: Name = Field(description="the party's name in the graph; also the name of the file")
+    key_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="private key file, relative to this file; `join` needs it, `simulate` makes throw-away keys",
+    )
+    segments: Annotated[dict[Name, SegmentCode], AfterValidator(FrozenDict)] = Field(
+        default_factory=FrozenDict,
+        description="the code of every segment that the graph places at this party or its group",
+    )
+    data: DataFunctions | None = Field(
+        default=None, description="where the party's samples come from, if the graph needs data or labels from it"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="threads that compute; without it, what the machine has is shared out"
+    )
+    listen: Address | None = Field(
+        default=None, description="address to listen on in place of the graph's `listen`, e.g. behind a port mapping"
+    )
+
+    _document: Document | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._document = context if isinstance(context, Document) else None
+
+    @property
+    def file(self) -> Path | None:
+        """The file that this was read from; None for one that was made in code."""
+        return None if self._document is None else Path(self._document.file)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that modules and the key file are looked up in."""
+        return Path() if self.file is None else self.file.parent
+
+    @property
+    def key_path(self) -> Path | None:
+        """Where the private key file is; None where the party file names none."""
+        return None if self.key_file is None else self.folder / Path(self.key_file).expanduser()
+
+    def line_of(self, *keys: str | int) -> int | None:
+        """Line of an entry in the file, e.g. ``line_of("segments", "stem", "model")``; None for one made in code."""
+        return None if self._document is None else self._document.line_of(*keys)
+
+    def error(self, seen: str, *keys: str | int, expected: str = "", fix: str = "") -> PartyFileError:
+        """A ``PartyFileError`` (to be raised by the caller) about the entry at ``keys``, with its file and line."""
+        return PartyFileError(seen, file=self.file, line=self.line_of(*keys), expected=expected, fix=fix)
+
+    def function(self, spec: str, *keys: str | int) -> Callable[..., Any]:
+        """The function that ``spec``, the entry at ``keys``, names; see ``load_function``."""
+        try:
+            return load_function(spec, self.folder)
+        except PartyFileError as reason:
+            if reason.file is not None:
+                raise
+            raise self.error(reason.seen, *keys, expected=reason.expected, fix=reason.fix) from None
+
+    def __eq__(self, other: object) -> bool:
+        """Equal values; where they came from and how the file was laid out does not count."""
+        return self.model_dump() == other.model_dump() if isinstance(other, PartyFile) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # args may hold lists
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A graph and the party files beside it, as ``check`` and ``simulate`` take them."""
+
+    path: Path
+    graph: Graph
+    parties: Mapping[str, PartyFile]
+
+
+def load_party(path: str | Path) -> PartyFile:
+    """The party file at ``path``; a ``PartyFileError`` with file and line where it is wrong in itself."""
+    file = Path(path)
+    party = yamlfile.validate(PartyFile, yamlfile.read(file, PartyFileError), PartyFileError)
+    if party.party != file.stem:
+        raise party.error(
+            f"`party` is {party.party}, but the file is called {file.name}",
+            "party",
+            expected="a file that is called after its party",
+            fix=f"rename the file to {party.party}.yaml, or write `party: {file.stem}`",
+        )
+    return party
+
+
+def load_folder(folder: str | Path) -> Folder:
+    """FOLDER/graph.yaml with every FOLDER/parties/NAME.yaml, checked against each other.
+
+    A party that holds segments, data or labels must have a file; one that only takes part in exchanges may have one.
+    Raises ``GraphError`` or ``PartyFileError``.
+    """
+    path = Path(folder)
+    graph = load_graph(path / GRAPH_FILE)
+    places = path / PARTIES
+    files = sorted(places.iterdir()) if places.is_dir() else []
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.suffix == ".yml":
+            raise PartyFileError(
+                "the name ends in .yml", file=file, expected="NAME.yaml", fix=f"rename it to {file.stem}.yaml"
+            )
+        if file.suffix == ".yaml" and not file.name.startswith("."):
+            found[file.stem] = file
+    for name in graph.parties:
+        if name not in found and _works(graph, name):
+            raise _missing_file(graph, name, places)
+    for name, file in found.items():
+        if name not in graph.parties:
+            near = meant(name, (one for one in graph.parties if one not in found))
+            raise PartyFileError(
+                f"a party file for `{shown(name)}`, which is not in {graph.file}",
+                file=file,
+                expected="one file for each party of the graph",
+                fix=f"{near} Rename or remove the file"
+                if near.startswith("did")
+                else "remove the file, or add the party to the graph",
+            )
+    parties = {name: load_party(found[name]) for name in graph.parties if name in found}
+    for party in parties.values():
+        check_party(graph, party)
+    _check_tests(graph, parties)
+    return Folder(path, graph, FrozenDict(parties))
+
+
+def _holds(graph: Graph, name: str) -> tuple[str, ...]:
+    """The segments that the party ``name`` holds, in the order of the file."""
+    return tuple(segment for segment, one in graph.segments.items() if name in graph.members(one.at))
+
+
+def _data_needs(graph: Graph, name: str) -> tuple[str, ...]:
+    """Why the graph needs samples of the party ``name``, in words; empty where it does not."""
+    reads = [
+        f"`{segment}` reads its field `{graph.segments[segment].data}`"
+        for segment in _holds(graph, name)
+        if graph.segments[segment].data
+    ]
+    brings = [
+        f"its field `{one.field}` labels `{one.target}`" for one in graph.labels if name in graph.members(one.source)
+    ]
+    return (*reads, *brings)
+
+
+def _works(graph: Graph, name: str) -> bool:
+    return bool(_holds(graph, name) or _data_needs(graph, name))
+
+
+def _missing_file(graph: Graph, name: str, places: Path) -> PartyFileError:
+    group = next((one for one, group in graph.groups.items() if name in group.members), None)
+    who = f"`{name}`, a member of the group `{group}`," if group else f"`{name}`"
+    held = [f"`{segment}`" for segment in _holds(graph, name)]
+    what = "the code of " + ", ".join(held) if held else "its `data`"
+    return PartyFileError(
+        f"{who} has no party file",
+        file=places / f"{name}.yaml",
+        expected=f"a file with {what}",
+        fix="write it"
+        + (f", or take `{name}` out of the group" if group else "")
+        + f"; it begins with `party: {name}`",
+    )
+
+
+def check_party(graph: Graph, party: PartyFile) -> None:
+    """Raise ``PartyFileError`` unless ``party`` defines what ``graph`` asks of it, and nothing else."""
+    name = party.party
+    if name not in graph.parties:
+        fix = meant(name, graph.parties)
+        raise party.error(
+            f"the party `{name}` is not in the graph {graph.file or ''}".rstrip(),
+            "party",
+            expected="a name from its `parties`",
+            fix=fix,
+        )
+    held = _holds(graph, name)
+    for segment in party.segments:
+        if segment not in held:
+            _refuse_segment(graph, party, segment, held)
+    for segment in held:
+        if segment not in party.segments:
+            place = graph.segments[segment].at
+            raise party.error(
+                f"the code of the segment `{segment}` is missing",
+                "segments",
+                expected=f"an entry for it: the graph places it at `{place}`",
+                fix=f'add `{segment}: {{model: "models:{segment.replace("-", "_")}", optimizer: ...}}`',
+            )
+        _check_loss(graph, party, segment)
+    needs = _data_needs(graph, name)
+    if needs and party.data is None:
+        raise party.error(
+            "`data` is missing",
+            expected="the functions that return the samples: " + ", ".join(needs),
+            fix='add `data: {train: "data:train", test: "data:test"}`',
+        )
+    if party.data is not None and not needs:
+        raise party.error(
+            "`data` is given, but the graph needs no samples of this party",
+            "data",
+            expected="`data` only where a segment of the party has `data`, or `labels` come from it",
+            fix="remove `data` here, or name it in the graph",
+        )
+    if party.listen is not None and graph.parties[name].listen is None:
+        raise party.error(
+            "`listen` is given, but in the graph this party does not listen",
+            "listen",
+            expected="`listen` in the graph, too: the others must know that they shall dial",
+            fix="remove `listen` here, or add `listen` and `address` to the party in the graph",
+        )
+
+
+def _refuse_segment(graph: Graph, party: PartyFile, segment: str, held: Sequence[str]) -> None:
+    if segment in graph.segments:
+        seen = f"the code of the segment `{segment}`, which the graph places at `{graph.segments[segment].at}`"
+        fix = "remove it here, or place it at this party in the graph"
+    else:
+        seen = f"the code of `{segment}`, which is no segment of the graph"
+        fix = meant(segment, [one for one in held if one not in party.segments] or held) or "remove it"
+    expected = (
+        "the segments of this party: " + ", ".join(f"`{one}`" for one in held) if held else "no segments at this party"
+    )
+    raise party.error(seen, "segments", segment, expected=expected, fix=fix)
+
+
+def _check_loss(graph: Graph, party: PartyFile, segment: str) -> None:
+    declared, code = graph.segments[segment].loss, party.segments[segment]
+    if declared == CUSTOM and code.loss is None:
+        raise party.error(
+            f"the segment `{segment}` has no `loss`",
+            "segments",
+            segment,
+            expected="a function: the graph says `loss: custom`",
+            fix='add `loss: "losses:NAME"`',
+        )
+    if declared != CUSTOM and (code.loss is not None or code.loss_args):
+        says = f"`loss: {declared}`" if declared else "that it computes none"
+        raise party.error(
+            f"the segment `{segment}` has a loss here, but the graph says {says}",
+            "segments",
+            segment,
+            "loss" if code.loss is not None else "loss_args",
+            expected="a loss in the party file only where the graph says `loss: custom`",
+            fix="remove it here, or write `loss: custom` in the graph",
+        )
+
+
+def _check_tests(graph: Graph, parties: Mapping[str, PartyFile]) -> None:
+    """Within a stream, all data parties hold test samples, or none: an evaluation needs every field of a sample."""
+    for stream in range(graph.streams):
+        data = [(name, parties[name].data) for name in graph.data_parties(stream)]
+        having = [name for name, one in data if one is not None and one.test is not None]
+        lacking = [name for name, one in data if one is not None and one.test is None]
+        if having and lacking:
+            raise parties[lacking[0]].error(
+                f"`{lacking[0]}` has no test samples, but `{having[0]}` has",
+                "data",
+                expected="`test` at all parties whose samples belong together, or at none",
+                fix='add `test: "data:test"`',
+            )
+
+
+# Functions that a party file names.
+#
+# The modules of a folder become a package of their own, `_splitsec_party_<hash of the folder>`, so that two folders may
+# both have a models.py, and so that a folder's random.py or data.py hides nobody else's.  There, `import data` finds
+# data.py: each module there runs with an `__import__` that looks beside it first.  Nothing is put on sys.path.
+
+
+def load_function(spec: str, folder: str | Path) -> Callable[..., Any]:
+    """The function (or class) that ``spec``, ``"module:name"``, names, in ``folder``/module.py or an installed module.
+
+    Raises ``PartyFileError``: with the file and line of the user's own code where that failed; without a file where
+    ``spec`` itself leads nowhere, for the caller to add where it was written (``PartyFile.function`` does).
+    """
+    module_name, _, name = _function_name_or_error(spec).partition(":")
+    place = Path(folder).resolve()
+    module = _load_module(module_name, place)
+    found = getattr(module, name, None)
+    if found is None:
+        names = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
+        raise PartyFileError(
+            f"no function `{name}`",
+            file=getattr(module, "__file__", None) or module_name,
+            expected=f"a function `{name}`, which `{spec}` names",
+            fix=meant(name, names) or f"define `def {name}(...)`",
+        )
+    if not callable(found):
+        raise PartyFileError(
+            f"`{name}` is {type(found).__name__}, not a function",
+            file=getattr(module, "__file__", None) or module_name,
+            expected=f"a function `{name}`, which `{spec}` names",
+            fix=f"define `def {name}(...)`",
+        )
+    result: Callable[..., Any] = found
+    return result
+
+
+def _function_name_or_error(spec: str) -> str:
+    if not _FUNCTION.match(spec):
+        raise PartyFileError(
+            f"`{shown(spec)}` where a function is named", expected="MODULE:FUNCTION, e.g. `models:stem`"
+        )
+    return spec
+
+
+def _load_module(name: str, folder: Path) -> types.ModuleType:
+    beside = _is_beside(name.partition(".")[0], folder)
+    try:
+        return importlib.import_module(f"{_package_of(folder)}.{name}" if beside else name)
+    except Exception as reason:
+        raise _import_failed(reason, name, folder, beside) from reason
+
+
+def _import_failed(reason: Exception, name: str, folder: Path, beside: bool) -> PartyFileError:
+    what = f"{type(reason).__name__}: {reason}".splitlines()[0].replace(f"{_package_of(folder)}.", "")
+    if (
+        not beside
+        and isinstance(reason, ModuleNotFoundError)
+        and reason.name is not None
+        and f"{name}.".startswith(f"{reason.name}.")
+    ):
+        files = [one.stem for one in sorted(folder.glob("*.py"))] if folder.is_dir() else []
+        return PartyFileError(
+            f"there is no {name.replace('.', '/')}.py in {folder}, nor an installed module `{name}`",
+            expected="a Python file beside the party file, or an installed module",
+            fix=meant(name, files) or f"write {name.replace('.', '/')}.py",
+        )
+    own = [frame for frame in traceback.extract_tb(reason.__traceback__) if _within(frame.filename, folder)]
+    file, line = (own[-1].filename, own[-1].lineno) if own else (None, None)
+    if isinstance(reason, SyntaxError) and reason.filename is not None:
+        file, line, what = reason.filename, reason.lineno, f"{type(reason).__name__}: {reason.msg}"
+    if isinstance(reason, ModuleNotFoundError):
+        fix = "install what is missing in this environment, or correct the import"
+    else:
+        fix = "mend the code on that line; it runs when the module is imported"
+    return PartyFileError(
+        f"`{name}` cannot be imported: {what}", file=file or name, line=line, expected="a module that imports", fix=fix
+    )
+
+
+def _within(file: str, folder: Path) -> bool:
+    try:
+        return Path(file).resolve().is_relative_to(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_beside(name: str, folder: Path) -> bool:
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
+
+
+_packages: dict[str, Path] = {}
+_lock = threading.Lock()
+
+
+def _package_of(folder: Path) -> str:
+    """Name of the package that stands for ``folder``, made on first use."""
+    name = "_splitsec_party_" + hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    with _lock:
+        if name not in _packages:
+            if not _packages:
+                sys.meta_path.insert(0, _Finder())
+            _packages[name] = folder
+            package = types.ModuleType(name)
+            package.__path__ = [str(folder)]
+            package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            sys.modules[name] = package
+    return name
+
+
+class _Finder:
+    """Finds the modules below our packages, and nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in _packages or path is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.loader.path)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Runs a party's module with an ``__import__`` that looks in the party's folder first."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        package = module.__name__.partition(".")[0]
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import_beside(package)}
+        super().exec_module(module)
+
+
+def _import_beside(package: str) -> Callable[..., types.ModuleType]:
+    folder = _packages[package]
+
+    def __import__(
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> types.ModuleType:
+        top = name.partition(".")[0]
+        if level != 0 or not _is_beside(top, folder):
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        if not fromlist:
+            importlib.import_module(f"{package}.{name}")
+            return sys.modules[f"{package}.{top}"]
+        return builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
+
+    return __import__

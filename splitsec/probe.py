@@ -1,0 +1,140 @@
+"""Does each segment really take and give what the graph declares?  Two samples through every module tell.
+
+Here: the comparison of real modules and data with the graph's shapes and dtypes, before anything is started.  Not
+here: the checks that need no torch (``graph``, ``partyfile``).  ``check``, ``simulate`` and every party that starts
+use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from splitsec.errors import GraphError, PartyFileError
+from splitsec.graph import Graph
+from splitsec.messages import DTYPES, NAMES
+from splitsec.partyfile import Folder, PartyFile
+from splitsec.plan import Edge, Plan, Stage, make_plan
+from splitsec.samples import Samples, read_own
+from splitsec.segments import Segment, build_segments, join_inputs, output_of
+from splitsec.usercode import user_code
+
+__all__ = ["check_shapes", "probe"]
+
+ROWS = 2
+
+
+def probe(folder: Folder) -> None:
+    """Build every party's segments and read its samples, and check them against the graph.
+
+    Raises ``GraphError`` with the line of the cut or label edge that is wrong, ``PartyFileError`` or ``SamplesError``.
+    """
+    for name, party_file in folder.parties.items():
+        plan = make_plan(folder.graph, name)
+        own = read_own(party_file, plan, ("train", "test"), labels=True)
+        check_shapes(folder.graph, party_file, plan, build_segments(folder.graph, party_file), own)
+
+
+def check_shapes(
+    graph: Graph, party_file: PartyFile, plan: Plan, segments: Mapping[str, Segment], own: Mapping[str, Samples]
+) -> None:
+    """Send two samples through each of this party's segments: real ones where it reads data, zeros where a cut feeds
+    it.
+    """
+    samples = next((samples for samples in own.values() if samples.count), None)
+    seen: set[str] = set()
+    for stream in plan.streams:
+        for edge in stream.gives_labels:
+            _check_labels(graph, party_file, edge, samples)
+        for stage in stream.stages:
+            if stage.labels is not None and stage.labels.local:
+                _check_labels(graph, party_file, stage.labels, samples)
+            if stage.segment not in seen:
+                seen.add(stage.segment)
+                _check_stage(graph, party_file, stage, segments[stage.segment], samples)
+
+
+def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Segment, samples: Samples | None) -> None:
+    inputs = [torch.zeros(ROWS, *edge.shape, dtype=DTYPES[edge.dtype]) for edge in stage.inputs]
+    rows = ROWS
+    if stage.reads is not None:
+        if samples is None:
+            return
+        rows = min(ROWS, samples.count)
+        inputs = [tensor[:rows] for tensor in inputs] + [samples.fields[stage.reads][:rows]]
+    taken = ", ".join(f"{list(tensor.shape)} {NAMES[tensor.dtype]}" for tensor in inputs)
+    segment.module.eval()
+    try:
+        with torch.no_grad(), user_code(f"segment {stage.segment!r}, given {taken} (the first number is samples),"):
+            produced: Any = segment.module(*join_inputs(stage.join, inputs))
+    except PartyFileError as error:
+        if not stage.inputs:
+            raise
+        raise GraphError(
+            error.seen + (f"\n  at: {error.where()}" if error.where() else ""),
+            file=graph.file,
+            line=graph.line_of("cuts", stage.inputs[0].index),
+            expected="cuts whose shapes and dtypes this segment can take",
+            fix=error.fix or f"make `shape` and `dtype` of the cuts into {stage.segment!r} and its module agree",
+        ) from error
+    for edge in stage.outputs:
+        output = output_of(stage.segment, produced, edge)
+        found, declared = (list(output.shape[1:]), NAMES.get(output.dtype)), (list(edge.shape), edge.dtype)
+        if output.dim() == 0 or len(output) != rows or found != declared:
+            raise GraphError(
+                f"the cut {edge.source} -> {edge.target} declares shape {declared[0]}, {declared[1]}",
+                file=graph.file,
+                line=graph.line_of("cuts", edge.index),
+                expected=f"what segment {edge.source!r} at {party_file.party!r} really makes of {rows} samples: "
+                f"shape {list(output.shape)} with the batch, {str(output.dtype).removeprefix('torch.')}",
+                fix=f"write `shape: {found[0]}, dtype: {found[1]}` there, or change the module",
+            )
+    if stage.labels is not None and segment.loss is not None:
+        _check_loss(graph, stage, segment, produced, rows)
+
+
+def _check_loss(graph: Graph, stage: Stage, segment: Segment, produced: Any, rows: int) -> None:
+    assert stage.labels is not None and segment.loss is not None
+    labels = torch.zeros(rows, *stage.labels.shape, dtype=DTYPES[stage.labels.dtype])
+    place = stage.labels.index - len(graph.cuts)
+    wanted = (
+        f"labels of shape {list(stage.labels.shape)}, {stage.labels.dtype}, that fit the output of {stage.segment!r}"
+    )
+    if not isinstance(produced, torch.Tensor):
+        raise PartyFileError(
+            f"segment {stage.segment!r} has a loss, but returns {type(produced).__name__}",
+            expected="a tensor, which the loss takes",
+        )
+    try:
+        with (
+            torch.no_grad(),
+            user_code(
+                f"the loss of segment {stage.segment!r}, given output {list(produced.shape)} and labels {list(labels.shape)},"
+            ),
+        ):
+            loss = segment.loss(produced, labels)
+    except PartyFileError as error:
+        raise GraphError(error.seen, file=graph.file, line=graph.line_of("labels", place), expected=wanted) from error
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        raise PartyFileError(
+            f"the loss of segment {stage.segment!r} is no single number",
+            expected="the mean over the batch, a tensor without dimensions",
+        )
+
+
+def _check_labels(graph: Graph, party_file: PartyFile, edge: Edge, samples: Samples | None) -> None:
+    if samples is None or edge.field not in samples.fields:
+        return
+    assert edge.field is not None
+    labels = samples.fields[edge.field]
+    found, declared = (list(labels.shape[1:]), NAMES.get(labels.dtype)), (list(edge.shape), edge.dtype)
+    if found != declared:
+        raise GraphError(
+            f"the labels for {edge.target!r} declare shape {declared[0]}, {declared[1]}",
+            file=graph.file,
+            line=graph.line_of("labels", edge.index - len(graph.cuts)),
+            expected=f"what field {edge.field!r} of {party_file.party!r} really holds: shape {found[0]}, {found[1]}",
+            fix=f"write `shape: {found[0]}, dtype: {found[1]}` there, or change the data function",
+        )

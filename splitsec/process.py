@@ -1,0 +1,135 @@
+"""What one operating-system process does to be a party: set torch up, run, and tell its parent in JSON lines.
+
+Here: ``prepare``, which ``splitsec join`` uses too, and the process that a simulation starts for each party.  Its
+assignment comes on standard input (so that throw-away keys never touch a disk or a command line), which then stays
+open: when it closes, the parent is gone and the process ends.  Not here: the party itself (``party``).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from splitsec.errors import InternalError, PeerError, SplitsecError
+
+__all__ = ["described", "internal", "main", "prepare"]
+
+
+def prepare(threads: int | None) -> None:
+    """Set torch up for one party: ``threads`` compute threads (None: torch's choice), and a start-up without the
+    compiler.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _leave_the_compiler_out()
+
+
+def _leave_the_compiler_out() -> None:
+    """Keep torch.optim from importing torch's compiler, which no party uses.
+
+    torch wraps four optimiser methods so that the compiler skips them, and imports it (about two seconds of processor
+    time in every party) on the first call.  The wrapper looks for the unwrapped function in an attribute first; we
+    put it there. Where torch works otherwise, this does nothing.
+    """
+    from torch.optim import Optimizer
+
+    if "torch._dynamo" in sys.modules:
+        return
+    for name in ("add_param_group", "zero_grad", "load_state_dict", "state_dict"):
+        plain = getattr(getattr(Optimizer, name, None), "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """An error as plain values for the parent: what a user reads, and what it exits with."""
+    known = error if isinstance(error, SplitsecError) else internal(error)
+    return {
+        "event": "failed",
+        "code": known.code,
+        "text": str(known),
+        "exit_code": known.exit_code,
+        "peer": known.party if isinstance(known, PeerError) else None,
+    }
+
+
+def internal(error: BaseException) -> InternalError:
+    """Any exception that we did not foresee, as an error with something to do about it."""
+    return InternalError(
+        f"{type(error).__name__}: {error}", fix="this is a fault of splitsec: please report it with the lines above"
+    )
+
+
+def main() -> int:
+    """Be the party that standard input describes; events go out on what was standard output, all else to standard
+    error.
+    """
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    assignment = json.loads(sys.stdin.readline())
+
+    def report(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    try:
+        _run(assignment, report, events)
+    except Exception as error:
+        if not isinstance(error, SplitsecError):
+            traceback.print_exc()
+        failure = described(error)
+        report(failure)
+        return int(failure["exit_code"])
+    return 0
+
+
+def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
+    prepare(assignment["threads"])
+    from splitsec.graph import parse_graph
+    from splitsec.party import Job, run_party
+    from splitsec.partyfile import load_party
+
+    job = assignment["job"]
+    go = threading.Event()
+
+    def follow_parent() -> None:
+        sys.stdin.readline()
+        go.set()
+        sys.stdin.read()
+        os._exit(130)
+
+    threading.Thread(target=follow_parent, name="parent", daemon=True).start()
+
+    def tell(event: dict[str, Any]) -> None:
+        report(event)
+        if event["event"] == "ready":
+            go.wait()
+
+    run_party(
+        parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
+        load_party(assignment["party_file"]),
+        private_key=base64.b64decode(assignment["key"]),
+        job=Job(
+            action=job["action"],
+            out=None if job["out"] is None else Path(job["out"]),
+            weights=None if job["weights"] is None else Path(job["weights"]),
+            split=job["split"],
+        ),
+        report=tell,
+    )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

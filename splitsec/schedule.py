@@ -1,0 +1,141 @@
+"""Whose turn it is: the whole run as a sequence that every party computes alike, with nothing left to negotiate.
+
+Here: turns of a group, the steps of a turn, the micro-batches of a step, and when segment weights are handed on.
+Not here: what a party does in a step (``engine``).  Pure: counts in, values out.
+
+``round_robin``: a turn is one member's pass over its own batches; weights go to the next member before its turn.
+After the training turns of an epoch the members evaluate, beginning with the one that holds the newest weights, so
+that handing them round for evaluation also brings them back to the first.  ``parallel`` (and no group): every step
+holds one batch of each stream that still has one, in order of members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from splitsec.graph import Graph
+from splitsec.samples import micro_batch_rows
+
+__all__ = [
+    "EVALUATE",
+    "PREDICT",
+    "SPLIT",
+    "TRAIN",
+    "Count",
+    "HandOn",
+    "MicroBatch",
+    "Step",
+    "Turn",
+    "prediction_schedule",
+    "run_schedule",
+    "steps_of",
+]
+
+Phase = Literal["train", "evaluate", "predict"]
+TRAIN: Final[Phase] = "train"
+EVALUATE: Final[Phase] = "evaluate"
+PREDICT: Final[Phase] = "predict"
+
+Count = Mapping[str, int]
+"""Samples of one stream: ``{"train": n, "test": n, "predict": n}``."""
+
+SPLIT: Final[dict[Phase, str]] = {TRAIN: "train", EVALUATE: "test", PREDICT: "predict"}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A slice of a step: ``rows`` samples of ``stream`` from position ``start`` of its order; ``number`` within the
+    step.
+    """
+
+    number: int
+    stream: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser update (or one batch looked at).  ``number`` counts over the whole run."""
+
+    number: int
+    phase: Phase
+    epoch: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def rows(self) -> int:
+        """Samples in the step, over all streams."""
+        return sum(micro.rows for micro in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Consecutive steps of one phase over the same streams."""
+
+    phase: Phase
+    epoch: int
+    streams: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HandOn:
+    """Segment weights go from the group members of stream ``giver`` to those of stream ``taker``."""
+
+    giver: int
+    taker: int
+
+
+def run_schedule(graph: Graph, *, epochs: int) -> Iterator[Turn | HandOn]:
+    """Every turn and hand-on of a training run, in order.  At the end every member holds the final weights."""
+    streams = graph.streams
+    together = tuple(range(streams))
+    if graph.schedule != "round_robin":
+        for epoch in range(epochs):
+            yield Turn(TRAIN, epoch, together)
+            yield Turn(EVALUATE, epoch, together)
+        return
+    newest = set(together)
+    holder = 0
+    for epoch in range(epochs):
+        for phase, order in ((TRAIN, together), (EVALUATE, (*together[-1:], *together[:-1]))):
+            for stream in order:
+                if stream not in newest:
+                    yield HandOn(holder, stream)
+                    newest.add(stream)
+                yield Turn(phase, epoch, (stream,))
+                holder = stream
+                if phase == TRAIN:
+                    newest = {stream}
+
+
+def prediction_schedule(graph: Graph) -> Iterator[Turn]:
+    """Every stream's samples once, one stream after the other, each with the weights that its parties have loaded."""
+    for stream in range(graph.streams):
+        yield Turn(PREDICT, 0, (stream,))
+
+
+def steps_of(graph: Graph, turn: Turn, counts: Sequence[Count], first: int) -> Iterator[Step]:
+    """The steps of ``turn``, numbered from ``first``."""
+    batch, micro_batches = graph.training.batch_size, graph.training.micro_batches
+    sizes = {stream: counts[stream][SPLIT[turn.phase]] for stream in turn.streams}
+    drop_last = graph.training.drop_last and turn.phase == TRAIN
+    start = 0
+    number = first
+    while True:
+        micros: list[MicroBatch] = []
+        for stream in turn.streams:
+            rows = min(batch, sizes[stream] - start)
+            if rows <= 0 or (drop_last and rows < batch):
+                continue
+            offset = start
+            for size in micro_batch_rows(rows, micro_batches):
+                micros.append(MicroBatch(len(micros), stream, offset, size))
+                offset += size
+        if not micros:
+            return
+        yield Step(number, turn.phase, turn.epoch, tuple(micros))
+        number += 1
+        start += batch

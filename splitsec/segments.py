@@ -1,0 +1,355 @@
+"""A segment at work: its module, optimiser and loss; forward now, backward when the gradients of its cuts come.
+
+Here: one micro-batch through one module, and the state that is saved or handed on.  Every input is a leaf of
+autograd, also when it comes from another segment of the same party, so that one rule holds for every edge.  Not here:
+when and with whose tensors (``engine``), where models come from (``partyfile``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from splitsec.errors import PartyFileError
+from splitsec.graph import CUSTOM, LOSSES, Graph
+from splitsec.partyfile import PartyFile
+from splitsec.plan import Edge, Stage
+from splitsec.samples import seed_of
+from splitsec.usercode import user_code
+
+__all__ = ["Score", "Segment", "build_segments", "join_inputs", "output_of"]
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _correct(loss: str | None, output: torch.Tensor, labels: torch.Tensor) -> int | None:
+    """How many of a batch are classified right, or None where the loss is no classification's."""
+    if loss in ("cross_entropy", "nll") and output.dim() >= 2 and labels.dim() == output.dim() - 1:
+        hits = output.argmax(1) == labels
+    elif loss in ("bce_with_logits", "bce") and output.shape == labels.shape:
+        threshold = 0.0 if loss == "bce_with_logits" else 0.5
+        hits = (output > threshold) == (labels > 0.5)
+    else:
+        return None
+    return int(hits.flatten(1).all(1).sum()) if hits.dim() > 1 else int(hits.sum())
+
+
+@dataclass
+class Score:
+    """Sums over samples at one segment with a loss; ``correct`` is None where accuracy has no meaning."""
+
+    loss: float = 0.0
+    correct: int | None = 0
+    rows: int = 0
+
+    def add(self, loss: float, correct: int | None, rows: int) -> None:
+        """Count one micro-batch of ``rows`` samples with mean loss ``loss``."""
+        self.loss += loss * rows
+        self.correct = None if self.correct is None or correct is None else self.correct + correct
+        self.rows += rows
+
+
+@dataclass
+class _InFlight:
+    inputs: list[torch.Tensor]
+    outputs: dict[Edge, torch.Tensor] = field(default_factory=dict)
+    loss: torch.Tensor | None = None
+
+
+class Segment:
+    """One module with its optimiser.  Forward and backward each go through the micro-batches of a step in order."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        loss: LossFunction | None = None,
+        loss_name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.optimizer = optimizer
+        self.loss = loss
+        self.loss_name = loss_name
+        self.seed = seed
+        self.score = Score()
+        self._in_flight: dict[int, _InFlight] = {}
+
+    # --- one micro-batch
+
+    def forward(
+        self,
+        stage: Stage,
+        inputs: Sequence[torch.Tensor],
+        labels: torch.Tensor | None,
+        *,
+        micro: int,
+        update: int | None,
+        share: float,
+    ) -> tuple[dict[Edge, torch.Tensor], torch.Tensor | None]:
+        """Send one micro-batch through the module.
+
+        ``inputs``: one tensor ``[rows, ...]`` for each edge of ``stage.inputs`` in order, then the data field if the
+        stage reads one.  ``update``: number of the optimiser update this counts for, or None to look without
+        training.  ``share``: rows of the micro-batch over rows of the step, what its mean loss weighs.  Returns the
+        output tensor for each outgoing edge, detached, and the whole output where the segment has a loss (a
+        prediction).
+        """
+        training = update is not None
+        self.module.train(training)
+        with torch.set_grad_enabled(training):
+            leaves = [tensor.detach() for tensor in inputs]
+            if training:
+                assert update is not None
+                torch.default_generator.manual_seed(seed_of("forward", self.seed, self.name, update, micro))
+                for leaf, _ in zip(leaves, stage.inputs, strict=False):
+                    if leaf.is_floating_point():
+                        leaf.requires_grad_()
+            with user_code(f"segment {self.name!r}"):
+                produced = self.module(*join_inputs(stage.join, leaves))
+            flight = _InFlight(leaves[: len(stage.inputs)])
+            for edge in stage.outputs:
+                flight.outputs[edge] = output_of(self.name, produced, edge)
+            if labels is not None and self.loss is not None:
+                with user_code(f"the loss of segment {self.name!r}"):
+                    loss = self.loss(produced, labels)
+                self.score.add(float(loss.detach()), _correct(self.loss_name, produced.detach(), labels), len(labels))
+                if training:
+                    weight = stage.loss_weight * share
+                    flight.loss = loss if weight == 1.0 else loss * weight
+        if training:
+            self._in_flight[micro] = flight
+        prediction = produced.detach() if stage.labels is not None and isinstance(produced, torch.Tensor) else None
+        return {edge: tensor.detach() for edge, tensor in flight.outputs.items()}, prediction
+
+    def backward(
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+    ) -> list[torch.Tensor | None]:
+        """Go backward through micro-batch ``micro`` with the gradient of every outgoing edge (None: nothing came back).
+
+        Adds to the parameters' gradients; returns the gradient of each incoming edge, None where the edge carries no
+        floats.
+        """
+        flight = self._in_flight.pop(micro)
+        roots: list[torch.Tensor] = []
+        seeds: list[torch.Tensor | None] = []
+        summed: dict[int, int] = {}
+        # A tensor that feeds several edges gets their gradients added last consumer first, which is autograd's own
+        # order.
+        for edge, output in reversed(flight.outputs.items()):
+            gradient = gradients[edge]
+            if gradient is None or not output.requires_grad:
+                continue
+            place = summed.get(id(output))
+            if place is None:
+                summed[id(output)] = len(roots)
+                roots.append(output)
+                seeds.append(gradient)
+            else:
+                seeds[place] = seeds[place] + gradient  # type: ignore[operator]
+        if flight.loss is not None and flight.loss.requires_grad:
+            roots.insert(0, flight.loss)
+            seeds.insert(0, None)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        return [leaf.grad if leaf.requires_grad else None for leaf in flight.inputs]
+
+    def step(self) -> None:
+        """Apply the gradients gathered over the step's micro-batches, and forget them."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def take_score(self) -> Score:
+        """The sums since the last call."""
+        score, self.score = self.score, Score()
+        return score
+
+    # --- state
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, as ``nn.Module.state_dict``; copies."""
+        return {name: tensor.detach().clone().contiguous() for name, tensor in self.module.state_dict().items()}
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take over parameters and buffers.  Names, shapes and dtypes must be the module's own; raises
+        ``ValueError``.
+        """
+        own = self.module.state_dict()
+        if set(own) != set(weights):
+            raise ValueError(f"names differ: {', '.join(sorted(set(own) ^ set(weights)))}")
+        for name, tensor in own.items():
+            if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
+                raise ValueError(
+                    f"{name} is {list(weights[name].shape)} {weights[name].dtype}, here {list(tensor.shape)} {tensor.dtype}"
+                )
+        self.module.load_state_dict(dict(weights))
+
+    def hand_on(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that the next member needs to go on: weights, buffers and optimiser state, as tensors and plain
+        numbers.
+        """
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        plain: dict[str, Any] = {}
+        if self.optimizer is not None:
+            for index, state in self.optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[f"optimizer/{index}/{name}"] = value.detach().clone().contiguous()
+                    elif value is None or isinstance(value, bool | int | float):
+                        plain[f"{index}/{name}"] = value
+                    else:
+                        raise PartyFileError(
+                            f"the optimizer of segment {self.name!r} keeps {name!r} as {type(value).__name__}",
+                            expected="optimizer state made of tensors and numbers, which can be handed to the next member",
+                            fix="use another optimizer, or a group with `schedule: parallel`",
+                        )
+        return tensors, plain
+
+    def take_over(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        """Go on from what another member handed on.  Raises ``ValueError`` if it does not fit this module."""
+        self.load_weights(
+            {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+        )
+        if self.optimizer is None:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        for place, value in [*tensors.items(), *((f"optimizer/{name}", value) for name, value in plain.items())]:
+            if not place.startswith("optimizer/"):
+                continue
+            _, index_text, name = place.split("/", 2)
+            if not index_text.isdecimal() or int(index_text) >= len(parameters):
+                raise ValueError(f"optimizer state for parameter {index_text} of {len(parameters)}")
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[int(index_text)].shape:
+                raise ValueError(f"optimizer state {name} is {list(value.shape)}")
+            state.setdefault(int(index_text), {})[name] = value
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def join_inputs(join: str, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The arguments of a module: its inputs joined along dimension 1, summed, averaged, or one by one."""
+    if len(inputs) == 1 or join == "arguments":
+        return inputs
+    if join == "concat":
+        return [torch.cat(list(inputs), 1)]
+    total = inputs[0]
+    for tensor in inputs[1:]:
+        total = total + tensor
+    return [total if join == "sum" else total / len(inputs)]
+
+
+def output_of(segment: str, produced: Any, edge: Edge) -> torch.Tensor:
+    """The tensor that ``edge`` carries, out of what the module returned: a tensor, or a dict of several by name."""
+    chosen = produced
+    if isinstance(produced, Mapping):
+        if edge.output is None or edge.output not in produced:
+            raise PartyFileError(
+                f"segment {segment!r} returns a dict with {', '.join(map(repr, produced))}; its cut to {edge.target!r} asks for "
+                f"{'no output by name' if edge.output is None else repr(edge.output)}",
+                expected="`output:` of the cut to name one of them",
+            )
+        chosen = produced[edge.output]
+    elif edge.output is not None:
+        raise PartyFileError(
+            f"segment {segment!r} returns {type(produced).__name__}; its cut to {edge.target!r} asks for output {edge.output!r}",
+            expected="a dict with that name",
+        )
+    if not isinstance(chosen, torch.Tensor):
+        raise PartyFileError(
+            f"segment {segment!r} returns {type(chosen).__name__} for its cut to {edge.target!r}", expected="a tensor"
+        )
+    return chosen
+
+
+def make_optimizer(party_file: PartyFile, segment: str, module: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimiser that the party file names for ``segment``; None if the module has nothing to train."""
+    wanted = party_file.segments[segment].optimizer
+    where = ("segments", segment, "optimizer")
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        return None
+    kinds: dict[str, Callable[..., Any]] = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    kind = party_file.function(wanted.name, *where) if ":" in wanted.name else kinds.get(wanted.name)
+    if kind is None:
+        raise party_file.error(
+            f"no optimizer `{wanted.name}`",
+            *where,
+            expected="one of " + ", ".join(sorted(kinds)) + ', or "module:Class"',
+        )
+    try:
+        made = kind(parameters, **wanted.arguments)
+    except (TypeError, ValueError) as error:
+        raise party_file.error(
+            f"optimizer `{wanted.name}`: {error}", *where, expected="settings that it takes"
+        ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise party_file.error(
+            f"`{wanted.name}` made {type(made).__name__}", *where, expected="a torch.optim.Optimizer"
+        )
+    return made
+
+
+def make_loss(graph: Graph, party_file: PartyFile, segment: str) -> LossFunction | None:
+    """The loss that the graph names for ``segment`` (mean over the batch), or the party's own where it says
+    ``custom``.
+    """
+    name = graph.segments[segment].loss
+    if name is None:
+        return None
+    if name != CUSTOM:
+        standard: LossFunction = getattr(nn, LOSSES[name].torch_class)()
+        return standard
+    code = party_file.segments[segment]
+    assert code.loss is not None, "checked with the party file"
+    function = party_file.function(code.loss, "segments", segment, "loss")
+    with user_code(f"loss `{code.loss}`"):
+        return _partial(function, code.loss_args)
+
+
+def _partial(function: Callable[..., Any], settings: Mapping[str, Any]) -> LossFunction:
+    if inspect.isclass(function):  # an nn.Module's class, say
+        return cast("LossFunction", function(**settings))
+    return functools.partial(function, **settings) if settings else function
+
+
+def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
+    """Build every segment that ``graph`` places at this party, with its weights drawn from the seed of its own name."""
+    segments = {}
+    seed = graph.training.seed
+    for name, code in party_file.segments.items():
+        builder = party_file.function(code.model, "segments", name, "model")
+        torch.manual_seed(seed_of("weights", seed, name))
+        with user_code(f"`{code.model}`, which builds segment {name!r},"):
+            module = builder(**code.args)
+        if not isinstance(module, nn.Module):
+            raise party_file.error(
+                f"`{code.model}` returned {type(module).__name__}",
+                "segments",
+                name,
+                "model",
+                expected="a torch.nn.Module",
+            )
+        segments[name] = Segment(
+            name,
+            module,
+            make_optimizer(party_file, name, module),
+            loss=make_loss(graph, party_file, name),
+            loss_name=graph.segments[name].loss,
+            seed=seed,
+        )
+    return segments

@@ -1,0 +1,465 @@
+"""All parties of a folder on this machine: one spawned process each, throw-away keys, real sockets, the code of a
+pilot.
+
+Here: starting, following and ending the processes, and the sums over what they report.  Not here: the party
+(``party``), what a process does to be one (``process``), how it looks (``cli/simulate.py``).  Whatever happens, no
+process is left behind.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from splitsec.errors import PeerLost, PeerUnreachable, SplitsecError, UserError
+from splitsec.graph import Graph
+from splitsec.partyfile import Folder, load_folder
+from splitsec.schedule import TRAIN, Turn, run_schedule, steps_of
+
+__all__ = ["PartyFailed", "Result", "Watch", "predict", "simulate"]
+
+Watch = Callable[[str, dict[str, Any]], None]
+"""Called with a party's name and each event that it reports, for progress."""
+
+SECONDS_TO_END: Final = 2.0
+SECONDS_FOR_THE_CAUSE: Final = 1.0
+"""After one party fails, how long to listen for another's error that explains it."""
+
+
+class PartyFailed(SplitsecError):
+    """A party of the simulation failed; carries that party's own message and exit code."""
+
+    def __init__(self, party: str, text: str, *, exit_code: int, kind: str) -> None:
+        self.party = party
+        self.exit_code = exit_code
+        self.kind = kind
+        super().__init__(f"party {party} failed ({kind}): {text}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation measured.  ``metrics``: lists by epoch; ``cuts``: what crossed, by edge and direction."""
+
+    graph: str
+    parties: tuple[str, ...]
+    epochs: int
+    steps: int
+    wall_seconds: float
+    startup_seconds: float
+    metrics: Mapping[str, Any]
+    cuts: tuple[Mapping[str, Any], ...]
+    predicted: Mapping[str, int] = field(default_factory=dict)
+    out: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The document that ``--json`` prints."""
+        return {
+            "graph": self.graph,
+            "parties": list(self.parties),
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "wall_seconds": round(self.wall_seconds, 3),
+            "startup_seconds": round(self.startup_seconds, 3),
+            "metrics": self.metrics,
+            "cuts": list(self.cuts),
+            **({"predicted": dict(self.predicted)} if self.predicted else {}),
+            **({"out": self.out} if self.out else {}),
+        }
+
+
+def simulate(
+    folder: str | Path,
+    *,
+    epochs: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    watch: Watch = lambda party, event: None,
+) -> Result:
+    """Train ``folder``'s graph with one process per party on this machine.
+
+    ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
+    folder. Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
+    """
+    loaded = _checked(folder, epochs=epochs, seed=seed)
+    job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train"}
+    with _Processes(loaded, job, watch) as processes:
+        processes.follow()
+        return _summed(processes, out)
+
+
+def predict(
+    folder: str | Path,
+    *,
+    weights: str | Path,
+    out: str | Path,
+    split: Literal["train", "test", "predict"] = "predict",
+    watch: Watch = lambda party, event: None,
+) -> Result:
+    """Send ``split`` of every party's data through the trained segments in ``weights`` and write predictions to
+    ``out``.
+    """
+    if not Path(weights).is_dir():
+        raise UserError(
+            f"no folder {weights}", expected="the folder that `--out` of a training run wrote", fix="train first"
+        )
+    loaded = _checked(folder)
+    job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split}
+    with _Processes(loaded, job, watch) as processes:
+        processes.follow()
+        return _summed(processes, out)
+
+
+def _absolute(path: str | Path | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def _checked(folder: str | Path, **training: int | None) -> Folder:
+    from splitsec.probe import probe
+
+    loaded = load_folder(folder)
+    given = {name: value for name, value in training.items() if value is not None}
+    if given:
+        changed = loaded.graph.training.model_copy(update=given)
+        loaded = Folder(loaded.path, loaded.graph.model_copy(update={"training": changed}), loaded.parties)
+    probe(loaded)
+    return loaded
+
+
+@dataclass
+class _Running:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    unread: bytes = b""
+    ready: bool = False
+    done: bool = False
+    failure: dict[str, Any] | None = None
+
+
+class _Processes:
+    """One process per party, from start to end.  Leaving the ``with`` block ends all of them."""
+
+    def __init__(self, folder: Folder, job: Mapping[str, Any], watch: Watch) -> None:
+        self.folder = folder
+        self.job = job
+        self.watch = watch
+        self.events: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.started = time.monotonic()
+        self.all_connected = self.started
+        self._scratch = tempfile.TemporaryDirectory(prefix="splitsec-")
+        self._held: list[socket.socket] = []
+        self._running: dict[str, _Running] = {}
+        self._selector = selectors.DefaultSelector()
+        self.graph = folder.graph
+
+    def __enter__(self) -> _Processes:
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _start(self) -> None:
+        private = {name: X25519PrivateKey.generate() for name in self.graph.parties}
+        public = {
+            name: "x25519:" + base64.b64encode(key.public_key().public_bytes_raw()).decode()
+            for name, key in private.items()
+        }
+        addresses: dict[str, tuple[str | None, str | None]] = {}
+        for name, party in self.graph.parties.items():
+            address = self._loopback() if party.listen is not None else None
+            addresses[name] = (address, address)
+        self.graph = self.graph.with_keys(public, addresses)
+        running = [name for name in self.graph.parties if name in self.folder.parties]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        shared = max(1, cores // max(1, len(running)))
+        for name in running:
+            party_file = self.folder.parties[name]
+            threads = party_file.threads or shared
+            log = Path(self._scratch.name) / f"{name}.log"
+            with log.open("wb") as errors:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "splitsec.process"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+                    start_new_session=True,
+                )
+            assert process.stdin is not None and process.stdout is not None
+            self._running[name] = _Running(name, process, log)
+            assignment = {
+                "graph": self.graph.model_dump(by_alias=True, mode="json"),
+                "graph_file": str(self.graph.file or "graph.yaml"),
+                "party_file": str(party_file.file),
+                "key": base64.b64encode(private[name].private_bytes_raw()).decode(),
+                "threads": threads,
+                "job": dict(self.job),
+            }
+            self._say(self._running[name], json.dumps(assignment))
+            os.set_blocking(process.stdout.fileno(), False)
+            self._selector.register(process.stdout, selectors.EVENT_READ, self._running[name])
+
+    def _loopback(self) -> str:
+        """A free loopback address.  The port stays bound (not listening) here, so that nobody else is given it
+        meanwhile.
+        """
+        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        self._held.append(holder)
+        return f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+
+    @staticmethod
+    def _say(party: _Running, line: str) -> None:
+        assert party.process.stdin is not None
+        try:
+            party.process.stdin.write(line.encode() + b"\n")
+            party.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died: its exit status, read below, says so
+
+    # --- following them
+
+    def follow(self) -> None:
+        """Read events until every party is done.  Raises the error of the party that failed first, or is to blame for
+        it.
+        """
+        deadline = time.monotonic() + self.graph.timeouts.connect
+        connected = 0
+        told_to_go = False
+        while not all(party.done for party in self._running.values()):
+            if not told_to_go and all(party.ready for party in self._running.values()):
+                told_to_go = True
+                for party in self._running.values():
+                    self._say(party, "go")
+            waiting = [party.name for party in self._running.values() if not party.ready]
+            if waiting and time.monotonic() > deadline:
+                raise PeerUnreachable(
+                    f"did not come up within {self.graph.timeouts.connect:g} s: it is still starting, or in its own model or data functions",
+                    party=waiting[0],
+                    expected="every party ready to connect within `timeouts: {connect: ...}` of the graph file",
+                    fix="look at what its data function does, or raise that number",
+                )
+            for party, event in self._events(0.2):
+                if event["event"] == "ready":
+                    deadline = time.monotonic() + self.graph.timeouts.connect
+                if event["event"] == "connected":
+                    connected += 1
+                    if connected == len(self._running):
+                        self.all_connected = time.monotonic()
+                self.watch(party.name, event)
+            if any(party.failure for party in self._running.values()):
+                self._fail()
+
+    def _events(self, timeout: float) -> list[tuple[_Running, dict[str, Any]]]:
+        found = []
+        for key, _ in self._selector.select(timeout):
+            party: _Running = key.data
+            pipe = party.process.stdout
+            assert pipe is not None
+            data = pipe.read1(1 << 20) if hasattr(pipe, "read1") else pipe.read(1 << 20)
+            if not data:
+                self._selector.unregister(pipe)
+                code = party.process.wait()
+                if not party.done and party.failure is None:
+                    party.failure = {
+                        "event": "died",
+                        "code": "died",
+                        "text": _death(code),
+                        "exit_code": 4,
+                        "peer": None,
+                    }
+                continue
+            *lines, party.unread = (party.unread + data).split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                self.events[party.name].append(event)
+                party.ready = party.ready or event["event"] == "ready"
+                party.done = party.done or event["event"] == "done"
+                if event["event"] == "failed":
+                    party.failure = event
+                found.append((party, event))
+        return found
+
+    def _fail(self) -> None:
+        """Raise the error that explains the others: a party's own fault or death before errors about a peer."""
+        until = time.monotonic() + SECONDS_FOR_THE_CAUSE
+        while (left := until - time.monotonic()) > 0 and self._selector.get_map() and not self._own_faults():
+            self._events(left)
+        failed = [party for party in self._running.values() if party.failure is not None]
+        to_blame = (self._own_faults() or failed)[0]
+        failure = to_blame.failure
+        assert failure is not None
+        if failure["code"] == "died":
+            tail = _tail(to_blame.log)
+            raise PeerLost(
+                f"{failure['text']}" + (f"; the last lines that it wrote:\n{tail}" if tail else ""),
+                party=to_blame.name,
+                expected="it to stay until the last step",
+                fix="all other parties were ended too; nothing of this run was kept",
+            )
+        text = failure["text"]
+        if failure["code"] == "InternalError" and (tail := _tail(to_blame.log)):
+            text = f"{text}\n{tail}"
+        raise PartyFailed(to_blame.name, text, exit_code=failure["exit_code"], kind=failure["code"])
+
+    def _own_faults(self) -> list[_Running]:
+        return [
+            party for party in self._running.values() if party.failure is not None and party.failure["peer"] is None
+        ]
+
+    # --- ending them
+
+    def _end(self) -> None:
+        """End every process that still runs: ask, wait a little, kill; by process id, each of them ours."""
+        alive = [party.process for party in self._running.values() if party.process.poll() is None]
+        finished = all(party.done for party in self._running.values()) and self._running
+        if not finished:
+            for process in alive:
+                process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + SECONDS_TO_END
+        for process in alive:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for party in self._running.values():
+            for pipe in (party.process.stdin, party.process.stdout):
+                if pipe is not None:
+                    with suppress(BrokenPipeError):
+                        pipe.close()
+        self._selector.close()
+        for holder in self._held:
+            holder.close()
+        self._scratch.cleanup()
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"ended by itself with exit status {code}"
+    try:
+        return f"died: killed by signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"died: killed by signal {-code}"
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+# --- sums over what the parties reported
+
+
+def _summed(processes: _Processes, out: str | Path | None) -> Result:
+    graph = processes.graph
+    predicted: dict[str, int] = {}
+    counts: list[dict[str, int]] = []
+    scores: list[dict[str, Any]] = []
+    cuts: list[dict[str, Any]] = []
+    for name, events in processes.events.items():
+        for event in events:
+            match event["event"]:
+                case "score":
+                    scores.append(event)
+                case "traffic":
+                    cuts.extend(_crossed(name, row) for row in event["lanes"] if row["kind"] != "control")
+                case "agreed":
+                    counts = event["counts"]
+                case "saved":
+                    predicted.update(event.get("predicted", {}))
+    training = processes.job["action"] == TRAIN
+    return Result(
+        graph=graph.name,
+        parties=tuple(graph.parties),
+        epochs=graph.training.epochs if training else 0,
+        steps=_updates(graph, counts) if training else 0,
+        wall_seconds=time.monotonic() - processes.started,
+        startup_seconds=processes.all_connected - processes.started,
+        metrics=_metrics(graph, scores) if training else {},
+        cuts=tuple(sorted(cuts, key=lambda row: (row["from"], row["to"], row["direction"]))),
+        predicted=predicted,
+        out=_absolute(out),
+    )
+
+
+def _crossed(party: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One lane as a row of the result: ``from`` and ``to`` as the edge stands in the graph, the parties beside them."""
+    backward = row["kind"] in ("gradient", "taken")
+    source, _, target = row["name"].partition(" -> ")
+    return {
+        "from": source,
+        "to": target or source,
+        "direction": "backward" if backward else "forward",
+        "kind": row["kind"],
+        "sender": party,
+        "receiver": row["peer"],
+        "messages": row["messages"],
+        "bytes": row["bytes"],
+    }
+
+
+def _updates(graph: Graph, counts: list[dict[str, int]]) -> int:
+    turns = [turn for turn in run_schedule(graph, epochs=1) if isinstance(turn, Turn) and turn.phase == TRAIN]
+    return graph.training.epochs * sum(1 for turn in turns for _ in steps_of(graph, turn, counts, 0))
+
+
+def _metrics(graph: Graph, scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss: the weighted sum over segments of the mean over samples.  Accuracy: the mean over the segments that
+    classify.
+    """
+    by_segment: dict[str, dict[str, list[float | None]]] = {}
+    totals: dict[str, list[float | None]] = {
+        "train_loss": [],
+        "eval_loss": [],
+        "train_accuracy": [],
+        "eval_accuracy": [],
+    }
+    lossy = [name for name, segment in graph.segments.items() if segment.loss is not None]
+    for phase, short in (("train", "train"), ("evaluate", "eval")):
+        for epoch in range(graph.training.epochs):
+            losses: list[float] = []
+            accuracies: list[float] = []
+            for segment in lossy:
+                rows = [s for s in scores if (s["segment"], s["phase"], s["epoch"]) == (segment, phase, epoch)]
+                count = sum(row["rows"] for row in rows)
+                loss = sum(row["loss"] for row in rows) / count if count else None
+                classified = count and all(row["correct"] is not None for row in rows)
+                accuracy = sum(row["correct"] for row in rows) / count if classified else None
+                own = by_segment.setdefault(segment, {})
+                own.setdefault(f"{short}_loss", []).append(loss)
+                own.setdefault(f"{short}_accuracy", []).append(accuracy)
+                if loss is not None:
+                    losses.append(loss * graph.segments[segment].loss_weight)
+                if accuracy is not None:
+                    accuracies.append(accuracy)
+            totals[f"{short}_loss"].append(sum(losses) if losses else None)
+            totals[f"{short}_accuracy"].append(sum(accuracies) / len(accuracies) if accuracies else None)
+    return {**totals, "by_segment": by_segment}

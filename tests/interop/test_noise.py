@@ -1,0 +1,168 @@
+"""Our Noise against somebody else's: the package ``noiseprotocol`` plays one role of each handshake, we play the other.
+
+Every pattern that we offer, with and without pre-shared keys, in both roles: payloads inside the handshake messages,
+the handshake hash, and transport messages both ways, across a rekey.  Nothing here looks inside our objects.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+from cryptography.exceptions import InvalidTag
+from noise.connection import Keypair, NoiseConnection
+
+from splitsec.transports.errors import PeerMisbehaved
+from splitsec.transports.noise import HandshakeState, pattern, public_key_of
+
+PSKS_OF_TWO = ["", "psk0", "psk1", "psk2", "psk0+psk2", "psk0+psk1+psk2"]  # for patterns of two messages
+PSKS_OF_THREE = [*PSKS_OF_TWO, "psk3", "psk1+psk3", "psk0+psk1+psk2+psk3"]
+PATTERNS = [base + psks for base in ("IK", "NK", "KK") for psks in PSKS_OF_TWO] + [
+    "XX" + psks for psks in PSKS_OF_THREE
+]
+TRANSPORT_MESSAGES = 100
+
+both_roles = pytest.mark.parametrize("ours_initiates", [True, False], ids=["we initiate", "they initiate"])
+
+
+class Theirs:
+    """The independent implementation, set up with the same knowledge as ours."""
+
+    def __init__(self, name: str, *, initiator: bool, s: bytes, rs: bytes, psks: list[bytes], prologue: bytes) -> None:
+        self.connection = NoiseConnection.from_name(pattern(name).protocol_name)
+        if initiator:
+            self.connection.set_as_initiator()
+        else:
+            self.connection.set_as_responder()
+        if pattern(name).needs_static(initiator):
+            self.connection.set_keypair_from_private_bytes(Keypair.STATIC, s)
+        if pattern(name).initiator_knows_responder if initiator else pattern(name).responder_knows_initiator:
+            self.connection.set_keypair_from_public_bytes(Keypair.REMOTE_STATIC, rs)
+        if psks:
+            self.connection.set_psks(psks=psks)
+        self.connection.set_prologue(prologue)
+        self.connection.start_handshake()
+
+    def write(self, payload: bytes) -> bytes:
+        return bytes(self.connection.write_message(payload))
+
+    def read(self, message: bytes) -> bytes:
+        return bytes(self.connection.read_message(message))
+
+    def seal(self, plaintext: bytes) -> bytes:
+        return bytes(self.connection.encrypt(plaintext))
+
+    def open(self, ciphertext: bytes) -> bytes:
+        return bytes(self.connection.decrypt(ciphertext))
+
+
+def pair(
+    name: str, *, ours_initiates: bool, our_prologue: bytes = b"p", wrong_psk: bool = False
+) -> tuple[HandshakeState, Theirs]:
+    """Our side and theirs of one handshake."""
+    knows = pattern(name)
+    our_s, their_s = os.urandom(32), os.urandom(32)
+    psks = [os.urandom(32) for _ in range(knows.psks)]
+    our_psks = [*psks[:-1], os.urandom(32)] if wrong_psk else psks
+    their_key_known = knows.initiator_knows_responder if ours_initiates else knows.responder_knows_initiator
+    ours = HandshakeState(
+        name,
+        initiator=ours_initiates,
+        prologue=our_prologue,
+        s=our_s if pattern(name).needs_static(ours_initiates) else None,
+        rs=public_key_of(their_s) if their_key_known else None,
+        psks=our_psks,
+    )
+    theirs = Theirs(name, initiator=not ours_initiates, s=their_s, rs=public_key_of(our_s), psks=psks, prologue=b"p")
+    return ours, theirs
+
+
+def run(ours: HandshakeState, theirs: Theirs) -> None:
+    """Both sides to the end, payloads empty."""
+    while not ours.finished:
+        if ours.my_turn:
+            theirs.read(ours.write_message())
+        else:
+            ours.read_message(theirs.write(b""))
+
+
+def payloads(count: int) -> list[bytes]:
+    return [os.urandom(size) for size in itertools.islice(itertools.cycle([0, 1, 16, 1000, 64 * 1024 - 200]), count)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@both_roles
+@pytest.mark.parametrize("with_payloads", [False, True], ids=["empty", "payloads"])
+def test_same_handshake_and_transport_messages(name: str, ours_initiates: bool, with_payloads: bool) -> None:
+    ours, theirs = pair(name, ours_initiates=ours_initiates)
+    messages = len(pattern(name).messages)
+    for index, payload in enumerate(payloads(messages) if with_payloads else [b""] * messages):
+        overhead = ours.overhead()
+        if (index % 2 == 0) is ours_initiates:
+            message = ours.write_message(payload)
+            assert theirs.read(message) == payload
+        else:
+            message = theirs.write(payload)
+            assert ours.read_message(message) == payload
+        assert len(message) == overhead + len(payload)
+
+    assert ours.finished and theirs.connection.handshake_finished
+    assert ours.handshake_hash == theirs.connection.get_handshake_hash()
+    assert len(ours.handshake_hash) == 32
+
+    send, receive = ours.split()
+    for index, plaintext in enumerate(payloads(TRANSPORT_MESSAGES)):
+        assert theirs.open(send.encrypt_with_ad(b"", plaintext)) == plaintext
+        assert receive.decrypt_with_ad(b"", theirs.seal(plaintext)) == plaintext
+        assert send.nonce == receive.nonce == index + 1
+
+
+@pytest.mark.parametrize("name", ["IK", "NK", "KK", "XX"])
+@both_roles
+def test_same_keys_after_rekey(name: str, ours_initiates: bool) -> None:
+    ours, theirs = pair(name, ours_initiates=ours_initiates)
+    run(ours, theirs)
+    send, receive = ours.split()
+    old = send.encrypt_with_ad(b"", b"old key")
+    theirs.open(old)
+    send.rekey()
+    theirs.connection.rekey_inbound_cipher()
+    assert theirs.open(send.encrypt_with_ad(b"", b"new key")) == b"new key"
+    theirs.connection.rekey_outbound_cipher()
+    sealed = theirs.seal(b"new key")
+    with pytest.raises(PeerMisbehaved):
+        receive.decrypt_with_ad(b"", sealed)
+    receive.rekey()
+    assert receive.decrypt_with_ad(b"", sealed) == b"new key"
+
+
+@pytest.mark.parametrize("name", ["IK", "NK", "KK", "XX"])
+@both_roles
+def test_remote_static_is_learned(name: str, ours_initiates: bool) -> None:
+    """The key that we learn, or knew, is the one that their side holds; in NK the initiator has none to learn."""
+    ours, theirs = pair(name, ours_initiates=ours_initiates)
+    their_key = theirs.connection.noise_protocol.keypairs["s"]
+    run(ours, theirs)
+    if their_key is not None:
+        assert ours.remote_static == their_key.public_bytes
+    else:
+        assert name == "NK" and not ours_initiates
+
+
+@pytest.mark.parametrize("name", ["IK", "NK", "KK", "XX", "IKpsk2", "XXpsk3"])
+@both_roles
+def test_another_prologue_is_noticed(name: str, ours_initiates: bool) -> None:
+    ours, theirs = pair(name, ours_initiates=ours_initiates, our_prologue=b"q")
+    with pytest.raises((PeerMisbehaved, InvalidTag)):  # ours or theirs, whoever opens the first sealed payload
+        run(ours, theirs)
+    assert not (ours.finished and theirs.connection.handshake_finished)
+
+
+@pytest.mark.parametrize("name", ["IKpsk0", "IKpsk2", "NKpsk0", "NKpsk2", "KKpsk1", "XXpsk3", "XXpsk1+psk3"])
+@both_roles
+def test_another_psk_is_noticed(name: str, ours_initiates: bool) -> None:
+    ours, theirs = pair(name, ours_initiates=ours_initiates, wrong_psk=True)
+    with pytest.raises((PeerMisbehaved, InvalidTag)):
+        run(ours, theirs)
+    assert not (ours.finished and theirs.connection.handshake_finished)

@@ -1,0 +1,171 @@
+"""The contract of a transport, on one page.  A transport carries frames; what they mean is none of its business.
+
+Here: ``Port``, what a transport must offer, and how one is found for an address.  Not here: sessions, keys, retries (``iothread``).
+``memory`` and ``zeromq`` are the two that come with the package; a third registers a class under the entry point group
+``splitsec.transports``, named by its scheme, and proves itself with ``testing.TransportConformance``.  ``Bell`` is for those who have
+no descriptor of their own.
+
+A transport may delay frames and may lose a connection with whatever was under way on it.  It must never reorder, repeat, join or
+split frames within a connection.  (If it does, the session above notices and ends.)
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, TypeAlias, final
+
+from splitsec.transports.errors import LocalProtocolError, TransportsError
+
+__all__ = [
+    "AddressError",
+    "Arrival",
+    "Bell",
+    "Connected",
+    "Disconnected",
+    "Event",
+    "Port",
+    "Transport",
+    "find_transport",
+    "registered",
+]
+
+GROUP: Final = "splitsec.transports"
+_BUILT_IN: Final = {
+    "memory": "splitsec.transports.memory:MemoryTransport",
+    "tcp": "splitsec.transports.zeromq:ZeroMQTransport",
+    "ipc": "splitsec.transports.zeromq:ZeroMQTransport",
+}
+
+
+class AddressError(TransportsError):
+    """An address that no transport understands, that is taken, or that may not be used."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A dialing port reached the other side.  A listening port need not say so: a stranger's first frame is enough."""
+
+    connection: Hashable
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One frame.  ``frame`` stays valid for as long as somebody holds it."""
+
+    connection: Hashable
+    frame: memoryview
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection is gone; every frame that came over it was given out before.  A dialing port is of no use after this."""
+
+    connection: Hashable
+
+
+Event: TypeAlias = Connected | Arrival | Disconnected
+
+
+class Port(ABC):
+    """One end: a dialing port has one connection, a listening port any number.  Used by one thread; nothing in it blocks."""
+
+    endpoint: str
+    """Where it really listens or dials, e.g. ``tcp://127.0.0.1:41807`` after listening at ``tcp://127.0.0.1:*``."""
+
+    @abstractmethod
+    def descriptors(self) -> Sequence[int]:
+        """One becomes readable when ``receive``, or a ``send`` that returned False, is worth another try.
+
+        That need not hold before ``receive`` has returned None once after the last ``send``.
+        """
+
+    @abstractmethod
+    def receive(self) -> Event | None:
+        """What happened next, or None."""
+
+    @abstractmethod
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        """Take a frame; True: the memory of ``frame`` is the caller's again.  False: not now, nothing was taken.
+
+        A connection that is gone takes every frame, and is reported by ``receive``.
+        """
+
+    @abstractmethod
+    def close(self, linger: float) -> None:
+        """Let go of everything; frames that were taken are sent if that takes no longer than ``linger`` seconds."""
+
+
+class Transport(ABC):
+    """A way to carry frames.  Made once for every I/O thread, for one scheme, and closed with it."""
+
+    @abstractmethod
+    def __init__(self, scheme: str) -> None:
+        """``scheme``: what stands before ``://`` in the addresses it will be given."""
+
+    @abstractmethod
+    def listen(self, address: str) -> Port:
+        """Listen at ``address``.  AddressError where that is not possible."""
+
+    @abstractmethod
+    def dial(self, address: str) -> Port:
+        """Begin to dial ``address``, and keep trying.  AddressError where the address means nothing."""
+
+    @abstractmethod
+    def close(self, linger: float) -> None:
+        """Let go of everything, after all ports are closed.  May wait up to ``linger`` seconds for frames to leave."""
+
+
+def registered() -> dict[str, str]:
+    """Scheme to ``module:class`` of every transport there is: those of this package, and those that others registered."""
+    found = {point.name: point.value for point in entry_points(group=GROUP)}
+    return found | _BUILT_IN  # nobody else carries our own schemes
+
+
+def find_transport(address: str) -> tuple[str, type[Transport]]:
+    """Scheme and class for ``address``; AddressError where there is none."""
+    scheme, separator, _ = address.partition("://")
+    known = registered()
+    if not separator or scheme not in known:
+        raise AddressError(f"no transport for the address {address!r}; there are {', '.join(sorted(known))}")
+    transport = EntryPoint(scheme, known[scheme], GROUP).load()
+    if not (isinstance(transport, type) and issubclass(transport, Transport)):
+        raise LocalProtocolError(f"{known[scheme]}, registered for {scheme}://, is no Transport")
+    return scheme, transport
+
+
+@final
+class Bell:
+    """A descriptor that one thread makes readable for another: for whoever waits on sockets and is called from elsewhere."""
+
+    def __init__(self) -> None:
+        self._here, self._there = socket.socketpair()
+        self._here.setblocking(False)
+        self._there.setblocking(False)
+
+    def fileno(self) -> int:
+        """Readable between ``ring`` and ``quiet``."""
+        return self._here.fileno()
+
+    def ring(self) -> None:
+        """Make it readable.  Any thread may; ringing twice is ringing once."""
+        with suppress(BlockingIOError, OSError):  # full: it rings already; closed: nobody listens any more
+            self._there.send(b"\0")
+
+    def quiet(self) -> None:
+        """Make it unreadable.  What happened before the last ``ring`` is seen after this."""
+        with suppress(BlockingIOError):
+            while len(self._here.recv(4096)) == 4096:
+                pass
+
+    def close(self) -> None:
+        """Let go of both ends."""
+        self._here.close()
+        self._there.close()
