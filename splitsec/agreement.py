@@ -25,7 +25,7 @@ from splitsec.messages import Message
 from splitsec.plan import CONTROL, ORDER
 from splitsec.samples import FINGERPRINT, Mismatch, Samples, fingerprints, match
 
-__all__ = ["agree_on_counts", "agree_on_order", "stay_until_all_are_done"]
+__all__ = ["Gossip", "agree_on_order"]
 
 SPLITS = ("train", "test", "predict")
 Owned = Mapping[str, Samples]
@@ -139,82 +139,70 @@ def _ids(samples: Samples, split: str) -> tuple[str, ...]:
     return samples.ids
 
 
-def agree_on_counts(
-    graph: Graph, party: str, guard: Guard, neighbours: tuple[str, ...], own: Mapping[int, Mapping[str, int]]
-) -> list[dict[str, int]]:
-    """How many samples every stream has in each split.  ``own``: what this party, as their leader, knows already."""
-    known: dict[int, dict[str, int]] = {}
+class Gossip:
+    """What every party says to its neighbours, who pass it on: how many samples there are, and who is done."""
 
-    def learn(stream: int, counts: Mapping[str, int], said_by: str) -> None:
-        if stream in known:
-            if known[stream] != counts:
-                raise PeerMisbehaved(
-                    f"says that stream {stream} has {counts}, others say {known[stream]}", party=said_by
-                )
-            return
-        known[stream] = dict(counts)
-        for neighbour in neighbours:
+    def __init__(self, graph: Graph, party: str, guard: Guard, neighbours: tuple[str, ...]) -> None:
+        self._guard = guard
+        self._party = party
+        self._neighbours = neighbours
+        self._streams = graph.streams
+        self._everyone = _taking_part(graph)
+        self._counts: dict[int, dict[str, int]] = {}
+        self._done: set[str] = set()
+
+    def agree_on_counts(self, own: Mapping[int, Mapping[str, int]]) -> list[dict[str, int]]:
+        """How many samples every stream has in each split.  ``own``: what this party, as their leader, knows already."""
+        for stream, counts in own.items():
+            self._learn_counts(stream, dict(counts), self._party)
+        self._listen(lambda: len(self._counts) == self._streams)
+        return [self._counts[stream] for stream in range(self._streams)]
+
+    def stay_until_all_are_done(self) -> None:
+        """Say that this party is done, and return when every party has said so."""
+        self._learn_done(self._party, self._party)
+        self._listen(lambda: self._done >= self._everyone)
+
+    def _listen(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            waiting = [n for n in self._neighbours if self._guard.peek((n, CONTROL)) is not None]
+            for neighbour in waiting:
+                self._hear(self._guard.take((neighbour, CONTROL)).facts, neighbour)
+            if not waiting:
+                self._guard.wait(on=self._neighbours)
+
+    def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
+        match dict(facts):
+            case {"say": "counts", "stream": int() as stream, **counts} if 0 <= stream < self._streams:
+                numbers = {split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**40}
+                if len(numbers) == len(SPLITS) == len(counts):
+                    return self._learn_counts(stream, numbers, said_by)
+            case {"say": "done", "party": str() as name} if name in self._everyone:
+                return self._learn_done(name, said_by)
+        raise PeerMisbehaved(
+            "said something unknown on the control lane", party=said_by, expected="numbers of samples, or who is done"
+        )
+
+    def _learn_counts(self, stream: int, counts: dict[str, int], said_by: str) -> None:
+        if stream not in self._counts:
+            self._counts[stream] = counts
+            self._pass_on({"say": "counts", "stream": stream, **counts}, said_by)
+        elif self._counts[stream] != counts:
+            raise PeerMisbehaved(
+                f"says that stream {stream} has {counts}", party=said_by, expected=f"{self._counts[stream]}, as others say"
+            )
+
+    def _learn_done(self, name: str, said_by: str) -> None:
+        if name not in self._done:
+            self._done.add(name)
+            # A neighbour that has left knew already that everybody is done; if not, the next wait says what happened.
+            self._pass_on({"say": "done", "party": name}, said_by, left=(PeerLost,))
+
+    def _pass_on(self, facts: Mapping[str, Any], said_by: str, left: tuple[type[PeerLost], ...] = ()) -> None:
+        for neighbour in self._neighbours:
             if neighbour != said_by:
-                guard.release(
-                    (neighbour, CONTROL), Message("control", facts={"say": "counts", "stream": stream, **counts})
-                )
-
-    for stream, counts in own.items():
-        learn(stream, counts, party)
-
-    def hear(facts: Mapping[str, Any], said_by: str) -> None:
-        stream, counts = facts.get("stream"), {split: facts.get(split) for split in SPLITS}
-        if facts.get("say") != "counts" or type(stream) is not int or not 0 <= stream < graph.streams:
-            raise PeerMisbehaved("said something other than the number of samples", party=said_by)
-        numbers = {split: count for split, count in counts.items() if type(count) is int and 0 <= count < 2**40}
-        if len(numbers) != len(SPLITS):
-            raise PeerMisbehaved("gave no usable number of samples", party=said_by)
-        learn(stream, numbers, said_by)
-
-    _listen(guard, neighbours, hear, lambda: len(known) == graph.streams)
-    return [known[stream] for stream in range(graph.streams)]
-
-
-def stay_until_all_are_done(graph: Graph, party: str, guard: Guard, neighbours: tuple[str, ...]) -> None:
-    """Say that this party is done, pass on who else is, and return when every party has said so."""
-    done: set[str] = set()
-    everyone = _taking_part(graph)
-
-    def learn(name: str, said_by: str) -> None:
-        if name in done:
-            return
-        done.add(name)
-        for neighbour in neighbours:
-            if neighbour != said_by:
-                with suppress(
-                    PeerLost
-                ):  # it left, so it knew already that everybody is done; or else the next wait says why
-                    guard.release((neighbour, CONTROL), Message("control", facts={"say": "done", "party": name}))
-
-    def hear(facts: Mapping[str, Any], said_by: str) -> None:
-        name = facts.get("party")
-        if facts.get("say") != "done" or name not in everyone:
-            raise PeerMisbehaved("said something other than who is done", party=said_by)
-        learn(str(name), said_by)
-
-    learn(party, party)
-    _listen(guard, neighbours, hear, lambda: done >= everyone)
-
-
-def _listen(
-    guard: Guard,
-    neighbours: tuple[str, ...],
-    hear: Callable[[Mapping[str, Any], str], None],
-    enough: Callable[[], bool],
-) -> None:
-    while not enough():
-        heard = False
-        for neighbour in neighbours:
-            if not enough() and guard.peek((neighbour, CONTROL)) is not None:
-                hear(guard.take((neighbour, CONTROL)).facts, neighbour)
-                heard = True
-        if not heard and not enough():
-            guard.wait(on=neighbours)
+                with suppress(*left):
+                    self._guard.release((neighbour, CONTROL), Message("control", facts=facts))
 
 
 def _taking_part(graph: Graph) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from splitsec import agreement
+from splitsec.agreement import Gossip, agree_on_order
 from splitsec.contract import digest
 from splitsec.engine import Engine
 from splitsec.errors import GraphError, PartyFileError, PeerMisbehaved, UserError
@@ -44,7 +44,7 @@ from splitsec.transports.iothread import CloseCode, IOThread, Peer
 __all__ = ["Job", "Party", "Report", "run_party"]
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, score, traffic, saved,
+"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, turn over, score, traffic, saved,
 done.
 """
 
@@ -209,14 +209,15 @@ class Party:
             holders = self.graph.data_parties(stream.stream)
             if self.name not in holders:
                 continue
-            self.rows[stream.stream] = agreement.agree_on_order(
+            self.rows[stream.stream] = agree_on_order(
                 self.graph, self.name, self.guard, stream.stream, self.own
             )
             if self.name == holders[0]:
                 led[stream.stream] = {
                     split: len(self.rows[stream.stream].get(split, ())) for split in ("train", "test", "predict")
                 }
-        self.counts = agreement.agree_on_counts(self.graph, self.name, self.guard, self.neighbours, led)
+        self.gossip = Gossip(self.graph, self.name, self.guard, self.neighbours)
+        self.counts = self.gossip.agree_on_counts(led)
         self.report({"event": "agreed", "counts": self.counts})
         if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
             raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
@@ -237,7 +238,7 @@ class Party:
                 self._hand_on(turn, place)
                 continue
             number, update = self._take_turn(engine, turn, number, update)
-        agreement.stay_until_all_are_done(self.graph, self.name, self.guard, self.neighbours)
+        self.gossip.stay_until_all_are_done()
 
     def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
         orders = {stream: self._order_of(turn, stream) for stream in turn.streams if stream in self.rows}
@@ -258,7 +259,7 @@ class Party:
                 "steps": len(steps),
             }
         )
-        said = time.monotonic()
+        said = began = time.monotonic()
         for place, step in enumerate(steps):
             made = engine.run_step(step, rows, update=update)
             update += turn.phase == TRAIN
@@ -269,6 +270,9 @@ class Party:
                 self.report(
                     {"event": "step", "phase": turn.phase, "epoch": turn.epoch, "done": place + 1, "of": len(steps)}
                 )
+        self.report(
+            {"event": "turn over", "phase": turn.phase, "epoch": turn.epoch, "seconds": time.monotonic() - began}
+        )
         for segment in self.segments.values():
             score = segment.take_score()
             if score.rows:

@@ -99,10 +99,11 @@ class SegmentCode(_Entry):
     optimizer: Optimizer = Field(description="how the segment's weights are updated, e.g. `{name: adam, lr: 0.001}`")
     loss: FunctionName | None = Field(
         default=None,
-        description="`module:function` that returns the loss, where the graph says `loss: custom`; "
-        "it is called as loss(output, labels)",
+        description="`module:function` that computes the loss, where the graph says `loss: custom`; or `module:Class`",
     )
-    loss_args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of that function")
+    loss_args: Arguments = Field(
+        default_factory=FrozenDict, description="keyword arguments of that function, or of making the class"
+    )
 
 
 class DataFunctions(_Entry):

@@ -99,20 +99,20 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
     from splitsec.partyfile import load_party
 
     job = assignment["job"]
-    go = threading.Event()
+    may_go_on = threading.Semaphore(0)
+    pauses = {"ready", "turn"} if assignment["pause_at_turns"] else {"ready"}
 
     def follow_parent() -> None:
-        sys.stdin.readline()
-        go.set()
-        sys.stdin.read()
+        while sys.stdin.readline():
+            may_go_on.release()
         os._exit(130)
 
     threading.Thread(target=follow_parent, name="parent", daemon=True).start()
 
     def tell(event: dict[str, Any]) -> None:
         report(event)
-        if event["event"] == "ready":
-            go.wait()
+        if event["event"] in pauses:
+            may_go_on.acquire()
 
     run_party(
         parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),

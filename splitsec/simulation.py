@@ -91,6 +91,7 @@ def simulate(
     seed: int | None = None,
     out: str | Path | None = None,
     watch: Watch = lambda party, event: None,
+    before_turn: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Train ``folder``'s graph with one process per party on this machine.
 
@@ -99,7 +100,7 @@ def simulate(
     """
     loaded = _checked(folder, epochs=epochs, seed=seed)
     job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train"}
-    with _Processes(loaded, job, watch) as processes:
+    with _Processes(loaded, job, watch, before_turn) as processes:
         processes.follow()
         return _summed(processes, out)
 
@@ -156,10 +157,17 @@ class _Running:
 class _Processes:
     """One process per party, from start to end.  Leaving the ``with`` block ends all of them."""
 
-    def __init__(self, folder: Folder, job: Mapping[str, Any], watch: Watch) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        job: Mapping[str, Any],
+        watch: Watch,
+        before_turn: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.job = job
         self.watch = watch
+        self.before_turn = before_turn
         self.events: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.started = time.monotonic()
         self.all_connected = self.started
@@ -217,6 +225,7 @@ class _Processes:
                 "party_file": str(party_file.file),
                 "key": base64.b64encode(private[name].private_bytes_raw()).decode(),
                 "threads": threads,
+                "pause_at_turns": self.before_turn is not None,
                 "job": dict(self.job),
             }
             self._say(self._running[name], json.dumps(assignment))
@@ -249,7 +258,7 @@ class _Processes:
         it.
         """
         deadline = time.monotonic() + self.graph.timeouts.connect
-        connected = 0
+        connected = standing = 0
         told_to_go = False
         while not all(party.done for party in self._running.values()):
             if not told_to_go and all(party.ready for party in self._running.values()):
@@ -271,6 +280,13 @@ class _Processes:
                     connected += 1
                     if connected == len(self._running):
                         self.all_connected = time.monotonic()
+                if event["event"] == "turn" and self.before_turn is not None:
+                    standing += 1
+                    if standing == len(self._running):
+                        standing = 0
+                        self.before_turn(event)
+                        for running in self._running.values():
+                            self._say(running, "go")
                 self.watch(party.name, event)
             if any(party.failure for party in self._running.values()):
                 self._fail()

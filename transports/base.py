@@ -1,12 +1,12 @@
 """The contract of a transport, on one page.  A transport carries frames; what they mean is none of its business.
 
-Here: ``Port``, what a transport must offer, and how one is found for an address.  Not here: sessions, keys, retries (``iothread``).
-``memory`` and ``zeromq`` are the two that come with the package; a third registers a class under the entry point group
-``splitsec.transports``, named by its scheme, and proves itself with ``testing.TransportConformance``.  ``Bell`` is for those who have
-no descriptor of their own.
+Here: ``Port``, what a transport must offer, and how one is found for an address.  Not here: sessions, keys, retries
+(``iothread``). ``memory`` and ``zeromq`` are the two that come with the package; a third registers a class under the
+entry point group ``splitsec.transports``, named by its scheme, and proves itself with ``testing.TransportConformance``.
+``Bell`` is for those who have no descriptor of their own.
 
-A transport may delay frames and may lose a connection with whatever was under way on it.  It must never reorder, repeat, join or
-split frames within a connection.  (If it does, the session above notices and ends.)
+A transport may delay frames and may lose a connection with whatever was under way on it.  It must never reorder,
+repeat, join or split frames within a connection.  (If it does, the session above notices and ends.)
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Arrival:
 @final
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection is gone; every frame that came over it was given out before.  A dialing port is of no use after this."""
+    """The connection is gone; every frame that came over it was given out before.  A dialing port is of no use after
+    this.
+    """
 
     connection: Hashable
 
@@ -75,7 +77,9 @@ Event: TypeAlias = Connected | Arrival | Disconnected
 
 
 class Port(ABC):
-    """One end: a dialing port has one connection, a listening port any number.  Used by one thread; nothing in it blocks."""
+    """One end: a dialing port has one connection, a listening port any number.  Used by one thread; nothing in it
+    blocks.
+    """
 
     endpoint: str
     """Where it really listens or dials, e.g. ``tcp://127.0.0.1:41807`` after listening at ``tcp://127.0.0.1:*``."""
@@ -95,12 +99,16 @@ class Port(ABC):
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         """Take a frame; True: the memory of ``frame`` is the caller's again.  False: not now, nothing was taken.
 
-        A connection that is gone takes every frame, and is reported by ``receive``.
+        A connection that is gone takes every frame, and is reported by ``receive``.  A frame longer than
+        ``limits.FRAME_MAX`` never arrives; it ends the connection.
         """
 
     @abstractmethod
     def close(self, linger: float) -> None:
-        """Let go of everything; frames that were taken are sent if that takes no longer than ``linger`` seconds."""
+        """Let go of everything; frames that were taken are sent if that takes no longer than ``linger`` seconds.
+
+        Closing twice is closing once.
+        """
 
 
 class Transport(ABC):
@@ -124,7 +132,7 @@ class Transport(ABC):
 
 
 def registered() -> dict[str, str]:
-    """Scheme to ``module:class`` of every transport there is: those of this package, and those that others registered."""
+    """Scheme to ``module:class`` of every transport there is, of this package and of others."""
     found = {point.name: point.value for point in entry_points(group=GROUP)}
     return found | _BUILT_IN  # nobody else carries our own schemes
 
@@ -143,7 +151,9 @@ def find_transport(address: str) -> tuple[str, type[Transport]]:
 
 @final
 class Bell:
-    """A descriptor that one thread makes readable for another: for whoever waits on sockets and is called from elsewhere."""
+    """A descriptor that one thread makes readable for another: for whoever waits on sockets and is called from
+    elsewhere.
+    """
 
     def __init__(self) -> None:
         self._here, self._there = socket.socketpair()

@@ -1,15 +1,17 @@
-"""Messages over a session: cut in chunks, lanes taking turns, put together again in memory that was checked before it was made.
+"""Messages over a session: cut in chunks, lanes taking turns, put together again in memory that was checked before it
+was made.
 
-Here: what may arrive on which lane, how much of it, where it goes, and which chunk leaves next.  Not here: keys, timers and
-heartbeats (``session``), sockets and threads (``iothread``), and what a message means (whoever receives it).  A channel lives as
-long as its session.
+Here: what may arrive on which lane, how much of it, where it goes, and which chunk leaves next.  Not here: keys, timers
+and heartbeats (``session``), sockets and threads (``iothread``), and what a message means (whoever receives it).  A
+channel lives as long as its session.
 
-A message is a header (at most 1 MiB) and a body.  Its bytes travel as one stream, header first, so that a small one is a single
-frame; they land in one block of memory, the body aligned, header right before it.  A chunk that lies in one lent buffer is sealed
-straight from it, and opened straight into the block.
+A message is a header (at most 1 MiB) and a body.  Its bytes travel as one stream, header first, so that a small one is
+a single frame; they land in one block of memory, the body aligned, header right before it.  A chunk that lies in one
+lent buffer is sealed straight from it, and opened straight into the block.
 
-Forwarded frames (``FORWARD``) are whole frames of a session between two peers that have no link of their own.  They take turns
-with the lanes.  The window (``GRANT``) bounds what a peer may send beyond what was taken from us; see docs/protocol.md.
+Forwarded frames (``FORWARD``) are whole frames of a session between two peers that have no link of their own.  They
+take turns with the lanes.  The window (``GRANT``) bounds what a peer may send beyond what was taken from us; see
+docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _WRAP: Final = 1 << 32  # message numbers are 32 bits
 @final
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One whole message.  ``body`` is writable and belongs to whoever takes the event; its memory is reused after that."""
+    """One whole message.  ``body`` is writable and the receiver's; its memory is used again when no view is left."""
 
     lane: int
     header: bytes
@@ -73,13 +75,15 @@ class Outgoing:
     __slots__ = ("_offset", "_pieces", "body_size", "header_size", "lane", "left")
 
     def __init__(self, lane: int, header: bytes, body: Sequence[Buffer]) -> None:
-        """``body``: contiguous buffers, sent as if they were one.  LocalProtocolError where something does not fit the wire."""
+        """``body``: contiguous buffers, sent as if they were one.  LocalProtocolError where something does not fit the
+        wire.
+        """
         if not 0 <= lane < LANES_MAX:
             raise LocalProtocolError(f"lanes are numbered from 0 to {LANES_MAX - 1}; there is no lane {lane}")
         if len(header) > HEADER_MAX:
             raise LocalProtocolError(f"a message's header has at most {HEADER_MAX} bytes, not {len(header)}")
         try:
-            views = [view if view.format == "B" else view.cast("B") for view in map(memoryview, body) if view.nbytes]
+            views = [view.cast("B") for view in (memoryview(buffer) for buffer in body) if view.nbytes]
         except TypeError:
             raise LocalProtocolError("the buffers of a message's body must be contiguous") from None
         self.lane = lane
@@ -189,15 +193,23 @@ def _is_free(block: bytearray) -> bool:
 
 @final
 class Channel:
-    """One peer's machine.  ``receive``, ``tick``, ``deadline`` and ``frames_to_send`` are those of its session, and more."""
+    """One peer's machine.  ``receive``, ``tick``, ``deadline`` and ``frames_to_send`` are those of its session, and
+    more.
+    """
 
     def __init__(
-        self, session: Session, lanes: Mapping[int, int], *, forwards: bool = False, grant: int = 0, window: int = WINDOW
+        self,
+        session: Session,
+        lanes: Mapping[int, int],
+        *,
+        forwards: bool = False,
+        grant: int = 0,
+        window: int = WINDOW,
     ) -> None:
         """``lanes``: lane number to the largest body accepted, bytes; a lane that is not there is refused.
 
-        ``forwards``: FORWARD frames are expected.  ``grant``: bytes that the peer takes at first, where the session is open
-        already.  ``window``: as given to the session.
+        ``forwards``: FORWARD frames are expected.  ``grant``: bytes that the peer takes at first, where the session is
+        open already.  ``window``: as given to the session.
         """
         self.session = session
         self._lanes = lanes
@@ -218,7 +230,7 @@ class Channel:
         self._forwarded = bytearray()
         self._events: list[Event] = []
 
-    # --- machine -------------------------------------------------------------------------------------------------------------
+    # --- machine ------------------------------------------------------------------------------------------------------
 
     def receive(self, frame: memoryview, now: float) -> list[Event]:
         """Take one frame from the peer.  PeerMisbehaved, with the session failed, for whatever it may not send."""
@@ -237,7 +249,7 @@ class Channel:
         return self.session.deadline()
 
     def next_frame(self, lend: Lend) -> Frame | None:
-        """The frame to send next, in lent memory, or None.  The session's own go first, then lanes and relays in turn."""
+        """The frame to send next, or None.  The session's own go first, then lanes and relays take turns."""
         frame = self.session.next_frame(lend)
         if frame is not None or not self._turns or not self.session.is_open:
             return frame
@@ -255,9 +267,7 @@ class Channel:
             if self._sent + size > self._granted_to_us:
                 self._turns.append(source)
                 continue
-            header = ChunkHeader(
-                Kind.CHUNK, message.lane, message.header_size, message.body_size, size, source.number
-            )
+            header = ChunkHeader(Kind.CHUNK, message.lane, message.header_size, message.body_size, size, source.number)
             frame = self.session.seal(header, message.cut(), lend)
             self._sent += size
             self.queued -= size
@@ -274,7 +284,7 @@ class Channel:
         while (frame := self.next_frame(lend)) is not None:
             yield frame
 
-    # --- we act --------------------------------------------------------------------------------------------------------------
+    # --- we act -------------------------------------------------------------------------------------------------------
 
     def send(self, message: Outgoing) -> None:
         """Queue a message."""
@@ -301,7 +311,7 @@ class Channel:
         """Say goodbye.  What is still queued is not sent."""
         self.session.close(code)
 
-    # --- the session asks (``session.Inbox``) --------------------------------------------------------------------------------
+    # --- the session asks (``session.Inbox``) -------------------------------------------------------------------------
 
     def claim(self, header: ChunkHeader) -> memoryview:
         """Where the chunk's payload goes.  Everything that the header says is checked before memory is made for it."""
@@ -321,7 +331,9 @@ class Channel:
             if header.value > limit:
                 raise PeerMisbehaved(f"a message of {header.value} bytes on lane {lane}, which takes at most {limit}")
             if header.header_size > HEADER_MAX:
-                raise PeerMisbehaved(f"a message with a header of {header.header_size} bytes; at most {HEADER_MAX} are allowed")
+                raise PeerMisbehaved(
+                    f"a message with a header of {header.header_size} bytes; at most {HEADER_MAX} are allowed"
+                )
             if header.number != self._numbers.get(lane, 0):
                 raise PeerMisbehaved(f"message {header.number} on lane {lane} out of order")
         elif (header.header_size, header.value) != (incoming.header_size, incoming.body_size) or (
@@ -330,7 +342,9 @@ class Channel:
             raise PeerMisbehaved(f"a chunk on lane {lane} that does not belong to the message begun there")
         left = incoming.end - incoming.filled if incoming else header.header_size + header.value
         if size > min(left, CHUNK_MAX) or (size == 0 and left):
-            raise PeerMisbehaved(f"a chunk of {size} bytes where at most {min(left, CHUNK_MAX)} are due, and at least one")
+            raise PeerMisbehaved(
+                f"a chunk of {size} bytes where at most {min(left, CHUNK_MAX)} are due, and at least one"
+            )
         if self._received + size > self._granted_by_us:
             raise PeerMisbehaved("more bytes than the window allows")
         if incoming is None:
@@ -361,7 +375,7 @@ class Channel:
         """The peer takes ``total`` bytes in all."""
         self._granted_to_us = max(self._granted_to_us, total)
 
-    # --- inside --------------------------------------------------------------------------------------------------------------
+    # --- inside -------------------------------------------------------------------------------------------------------
 
     def _opened(self, events: list[Opened | Ended]) -> list[Event]:
         for event in events:

@@ -1,17 +1,20 @@
 """The one thread that owns sockets, clock and entropy, and drives the machines.  It runs no user code.
 
-Here: which peer is dialed when, whose session a frame belongs to, what is forwarded, timers, and the two queues between this thread
-and the one that computes.  Not here: what may be said on a connection (``session``), what frames add up to (``channel``), how they
-travel (``base`` and the transports).  The story goes on above, in ``splitsec``: names of parties, tensors, training.
+Here: which peer is dialed when, whose session a frame belongs to, what is forwarded, timers, and the two queues between
+this thread and the one that computes.  Not here: what may be said on a connection (``session``), what frames add up to
+(``channel``), how they travel (``base`` and the transports).  The story goes on above, in ``splitsec``: names of
+parties, tensors, training.
 
     computing thread  --commands, bell-->  I/O thread  --events-->  computing thread
 
-``IOThread`` is the side that computing code holds; ``_Driver`` lives in the thread.  A *line* is one session on one path, and a path
-is a connection of a port, or a pair of forwarded directions through the channel of a peer in the middle.
+``IOThread`` is the side that computing code holds; ``_Driver`` lives in the thread.  A *line* is one session on one
+path, and a path is a connection of a port, or a pair of forwarded directions through the channel of a peer in the
+middle.
 """
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import queue
@@ -57,7 +60,7 @@ from splitsec.transports.wire import CloseCode, pack_forward_prefix
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # only a hint; Python 3.12 has it in collections.abc
 
-__all__ = ["Closed", "CloseCode", "Event", "IOThread", "Opened", "Peer", "Received"]
+__all__ = ["CloseCode", "Closed", "Event", "IOThread", "Opened", "Peer", "Received"]
 
 _log = logging.getLogger("splitsec.transports")
 _FOREVER: Final = float("inf")
@@ -68,9 +71,9 @@ _FOREVER: Final = float("inf")
 class Peer:
     """Somebody to talk to.  ``key``: X25519 public key, 32 bytes.
 
-    ``dial``: address to dial; None: the peer dials us.  ``via``: key of the peer who forwards between us.  ``initiator``: for a
-    peer reached ``via`` another, whether we open the handshake.  ``lanes``: lane number (0 to 65535) to the largest body accepted
-    on it, bytes; a message on a lane that is not there closes the channel.
+    ``dial``: address to dial; None: the peer dials us.  ``via``: key of the peer who forwards between us.
+    ``initiator``: for a peer reached ``via`` another, whether we open the handshake.  ``lanes``: lane number (0 to
+    65535) to the largest body accepted on it, bytes; a message on a lane that is not there closes the channel.
     """
 
     key: bytes
@@ -110,8 +113,8 @@ class Received:
 class Closed:
     """The channel with this peer is over, or never came to be; nothing follows from it.
 
-    ``error`` is None after the peer's normal goodbye.  Refused: the handshake was turned down.  Lost: it never came up, fell
-    silent, or stopped (``code`` says what it said).  PeerMisbehaved: it sent what it may not.
+    ``error`` is None after the peer's normal goodbye.  Refused: the handshake was turned down.  Lost: it never came up,
+    fell silent, or stopped (``code`` says what it said).  PeerMisbehaved: it sent what it may not.
     """
 
     peer: bytes
@@ -174,8 +177,9 @@ class IOThread:
     ) -> None:
         """``private_key``: X25519, 32 bytes.  ``digest``: the contract's, 32 bytes.  ``listen``: address to listen at.
 
-        ``forwards``: pairs of peers whose frames we pass on; we cannot read them.  ``connect_timeout``: seconds from ``start``
-        until a peer that is not there is given up.  ``lost_after``: seconds of silence after which a peer is lost.
+        ``forwards``: pairs of peers whose frames we pass on; we cannot read them.  ``connect_timeout``: seconds from
+        ``start`` until a peer that is not there is given up.  ``lost_after``: seconds of silence after which a peer is
+        lost.
         """
         self._peers = {peer.key: peer for peer in peers}
         if len(self._peers) != len(peers):
@@ -205,7 +209,9 @@ class IOThread:
         return self._endpoint
 
     def start(self) -> None:
-        """Listen, then begin to dial.  Raises TransportsError if the address is taken or means nothing; returns at once."""
+        """Listen, then begin to dial.  Raises TransportsError if the address is taken or means nothing; returns at
+        once.
+        """
         self._thread.start()
         bound = self._bound.get()
         if isinstance(bound, BaseException):
@@ -217,7 +223,8 @@ class IOThread:
     def send(self, peer: bytes, lane: int, header: bytes, body: Sequence[Buffer] = ()) -> None:
         """Queue one message.  The buffers of ``body`` are sent as one, and are lent until the message has left.
 
-        Waits while more than OUTBOX_BYTES are queued for this peer.  Raises the peer's error once its channel is closed.
+        Waits while more than OUTBOX_BYTES are queued for this peer.  Raises the peer's error once its channel is
+        closed.
         """
         message = Outgoing(lane, header, body)
         size = message.left
@@ -252,7 +259,9 @@ class IOThread:
         return event
 
     def close(self, reason: int = CloseCode.NORMAL, linger: float = CLOSE_SECONDS) -> None:
-        """Send what is queued, say goodbye with the code ``reason``, and end the thread; takes about ``linger`` seconds at most."""
+        """Send what is queued, say goodbye with the code ``reason``, and end the thread; takes about ``linger`` seconds
+        at most.
+        """
         if self._closed:
             return
         self._closed = True
@@ -280,7 +289,7 @@ class IOThread:
         if self._closed:
             raise LocalProtocolError("this I/O thread is closed")
 
-    # --- called by the driver, in its thread ---------------------------------------------------------------------------------
+    # --- called by the driver, in its thread --------------------------------------------------------------------------
 
     def _tell(self, event: Event) -> None:
         if isinstance(event, Closed):
@@ -350,11 +359,13 @@ class _Passage:
 
 @final
 class _Line:
-    """One session on one path.  ``machine`` is a Session until the peer is known and has proved itself, then a Channel."""
+    """One session on one path.  ``machine`` is a Session until it is open or the peer is known, then a Channel."""
 
     __slots__ = ("buffer", "connection", "forget_at", "known", "machine", "pending", "port", "relay", "through")
 
-    def __init__(self, machine: Session | Channel, connection: Hashable, *, port: base.Port | None, through: _State | None) -> None:
+    def __init__(
+        self, machine: Session | Channel, connection: Hashable, *, port: base.Port | None, through: _State | None
+    ) -> None:
         self.machine = machine
         self.connection = connection
         self.port = port  # of a connection of our own
@@ -395,7 +406,9 @@ class _State:
 
 @final
 class _Driver:
-    """What runs in the I/O thread.  Touches the computing side through ``_tell``, ``_left``, ``_fail`` and the command queue only."""
+    """What runs in the I/O thread.  Touches the computing side through ``_tell``, ``_left``, ``_fail`` and the command
+    queue only.
+    """
 
     def __init__(
         self,
@@ -430,7 +443,7 @@ class _Driver:
         self._closing: _Close | None = None
         self._close_by = _FOREVER
 
-    # --- the loop ------------------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """The thread's whole life."""
@@ -551,7 +564,9 @@ class _Driver:
             if state.ended or state.channel is not None:
                 continue
             if now >= self._connect_by:
-                self._give_up(state, Lost(f"the peer did not come up within {self._connect_timeout:g} s"), CloseCode.LOST)
+                self._give_up(
+                    state, Lost(f"the peer did not come up within {self._connect_timeout:g} s"), CloseCode.LOST
+                )
             elif now >= state.redial_at:
                 state.redial_at = _FOREVER
                 self._dial(state)
@@ -600,12 +615,15 @@ class _Driver:
         return frame
 
     def _leave(self, code: CloseCode) -> bool:
-        """One step towards the end: outboxes, goodbyes of forwarded channels, goodbyes of the others.  True: all is said."""
+        """One step towards the end: outboxes, goodbyes of forwarded channels, goodbyes of the others.  True: all is
+        said.
+        """
         late = self._now >= self._close_by
         open_states = [state for state in self._states.values() if state.channel is not None]
-        if not late:
-            if any(not state.ended and (state.waiting or _has_work(state)) for state in self._states.values()):
-                return False
+        if not late and any(_has_work(state) for state in self._states.values()):
+            return False
+        if not late and any(line.through is not None and line.forget_at != _FOREVER for line in self._lines.values()):
+            return False  # a goodbye that still has to go through somebody else's channel
         forwarded = [state for state in open_states if state.peer.via is not None]
         for state in forwarded or open_states:
             assert state.channel is not None
@@ -619,7 +637,7 @@ class _Driver:
             return False
         return late or not any(line.forget_at != _FOREVER for line in self._lines.values())
 
-    # --- paths ---------------------------------------------------------------------------------------------------------------
+    # --- paths --------------------------------------------------------------------------------------------------------
 
     def _transport(self, address: str) -> base.Transport:
         scheme, kind = base.find_transport(address)
@@ -701,13 +719,18 @@ class _Driver:
         if line.port is not None and self._ports.get(line.port) is not None:
             self._remove_port(line.port, BUSY_RETRY_SECONDS)
 
-    # --- frames --------------------------------------------------------------------------------------------------------------
+    # --- frames -------------------------------------------------------------------------------------------------------
 
     def _stranger(
-        self, port: base.Port | None, through: _State | None, connection: Hashable, frame: memoryview, known: Collection[bytes]
+        self,
+        port: base.Port | None,
+        through: _State | None,
+        connection: Hashable,
+        frame: memoryview,
+        known: Collection[bytes],
     ) -> None:
         """The first frame of somebody whom we do not know yet.  Rubbish costs no cryptography and leaves no trace."""
-        if len(frame) > MAX_FRAME or frame[: len(MAGIC)] != MAGIC:
+        if len(frame) > MAX_FRAME or bytes(frame[: len(MAGIC)]) != MAGIC:
             self._log_stranger("ignored a frame that is no hello")
             return
         if not self._handshakes.take(self._now):
@@ -727,15 +750,14 @@ class _Driver:
     def _arrived(self, line: _Line, frame: memoryview) -> None:
         try:
             events = line.machine.receive(frame, self._now)
-        except PeerMisbehaved as error:
-            self._over(line, error, CloseCode.MISBEHAVED)
+        except PeerMisbehaved as misbehaved:
+            self._over(line, misbehaved, CloseCode.MISBEHAVED)
             return
         except LocalProtocolError:
             return  # it failed before, and its goodbye is on the way
         for event in events:
             match event:
-                case Message(lane, header, body):
-                    assert line.known is not None
+                case Message(lane, header, body) if line.known is not None:
                     self._owner._tell(Received(line.known.peer.key, lane, header, body))
                 case Forwarded(key, number, payload):
                     self._forwarded(line, key, number, payload)
@@ -789,36 +811,47 @@ class _Driver:
             far.channel.forward(passage.relay)
         else:
             line.session.close(CloseCode.MISBEHAVED)
-            self._over(line, PeerMisbehaved("a frame to be forwarded to somebody with whom it has no business"), CloseCode.MISBEHAVED)
+            self._over(
+                line,
+                PeerMisbehaved("a frame to be forwarded to somebody with whom it has no business"),
+                CloseCode.MISBEHAVED,
+            )
 
-    # --- ends ----------------------------------------------------------------------------------------------------------------
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _over(self, line: _Line, error: TransportsError | None, code: CloseCode) -> None:
         """A session has ended.  Dialing goes on, if it never was open and trying again may help."""
+        if line.forget_at != _FOREVER:
+            return
         state = line.known
         line.known = None
         line.forget_at = self._now + BUSY_RETRY_SECONDS
         self._wake_at = 0.0
         if state is None or state.line is not line:
-            if error is not None:
+            if isinstance(error, Refused | PeerMisbehaved):
                 self._log_stranger(f"turned somebody down: {error}")
             return
         state.line = None
-        if state.channel is not None:
-            self._give_up(state, error, code)
-        elif isinstance(error, PeerMisbehaved) or (isinstance(error, Refused) and error.reason is not RefusalReason.BUSY):
-            self._give_up(state, error, code)
-        else:
+        busy = isinstance(error, Refused) and error.reason is RefusalReason.BUSY
+        if state.channel is None and (busy or isinstance(error, Lost)):
             state.redial_at = self._now + BUSY_RETRY_SECONDS
+        else:
+            self._give_up(state, error, code)
 
     def _give_up(self, state: _State, error: TransportsError | None, code: CloseCode) -> None:
         """The peer's channel is over, or will never be."""
         key = state.peer.key
+        if isinstance(error, PeerMisbehaved):
+            _log.warning("closed the channel with x25519:%s: %s", base64.b64encode(key).decode(), error)
         state.ended = True
         state.channel = None
         state.waiting.clear()
         state.relays.clear()
-        if state.port is not None and state.line is None and not any(line.port is state.port for line in self._lines.values()):
+        if (
+            state.port is not None
+            and state.line is None
+            and not any(line.port is state.port for line in self._lines.values())
+        ):
             self._remove_port(state.port, 0)
         self._owner._tell(Closed(key, error, code))
         for other in self._states.values():
@@ -837,6 +870,9 @@ class _Driver:
 
 
 def _has_work(state: _State) -> bool:
-    if state.channel is None:
+    """Whether something waits to be sent to the peer."""
+    if state.ended:
         return False
-    return bool(state.channel.queued or any(passage.frames for passage in state.relays.values()))
+    if state.channel is None:
+        return bool(state.waiting)
+    return state.channel.queued > 0 or any(passage.frames for passage in state.relays.values())

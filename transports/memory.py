@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Final, final
 
 from splitsec.transports.base import AddressError, Arrival, Bell, Connected, Disconnected, Event, Port, Transport
-from splitsec.transports.limits import QUEUED_FRAMES
+from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES
 
 __all__ = ["MemoryTransport"]
 
@@ -33,12 +33,10 @@ class MemoryTransport(Transport):
         """Listen under a name that nobody listens under; ``memory://*`` takes a new one."""
         if address == "memory://*":
             address = f"memory://{next(_numbers)}"
-        port = _MemoryPort(address)
         with _lock:
             if address in _listening:
-                port.close(0)
                 raise AddressError(f"cannot listen at {address}: somebody else does")
-            _listening[address] = port
+            port = _listening[address] = _MemoryPort(address)
             for dialing in _dialing.pop(address, []):
                 _connect(dialing, port)
         return port
@@ -87,6 +85,9 @@ class _MemoryPort(Port):
             peer = self.peers.get(connection)
             if peer is None:
                 return True
+            if len(frame) > FRAME_MAX:
+                self._disconnect(connection)
+                return True
             if peer.waiting[connection] >= QUEUED_FRAMES:
                 return False
             peer.waiting[connection] += 1
@@ -100,12 +101,16 @@ class _MemoryPort(Port):
                 del _listening[self.endpoint]
             if self in _dialing.get(self.endpoint, []):
                 _dialing[self.endpoint].remove(self)
-            for connection, peer in self.peers.items():
-                del peer.peers[connection]
-                peer.events.append(Disconnected(connection))
-                peer.bell.ring()
-            self.peers.clear()
+            for connection in list(self.peers):
+                self._disconnect(connection)
             self.bell.close()
+
+    def _disconnect(self, connection: Hashable) -> None:
+        peer = self.peers.pop(connection)
+        del peer.peers[connection]
+        for port in (self, peer):
+            port.events.append(Disconnected(connection))
+            port.bell.ring()
 
 
 def _connect(dialing: _MemoryPort, listening: _MemoryPort) -> None:

@@ -3,9 +3,9 @@
 Here: the counters, and the rule that each number is accepted exactly once and in order.  Not here: what is in a record
 (``wire``), where keys come from (``handshake``), what happens after a failure (``session``).
 
-Nonce of record n: four zero bytes, then n as 64 bits big-endian (Noise Protocol Framework, revision 34, section 12.4).  A record
-carries no number on the wire: both sides count.  So a record that was dropped, repeated, swapped, cut short or altered fails to
-open, and after one failure nothing opens any more.
+Nonce of record n: four zero bytes, then n as 64 bits big-endian (Noise Protocol Framework, revision 34, section 12.4).
+A record carries no number on the wire: both sides count.  So a record that was dropped, repeated, swapped, cut short or
+altered fails to open, and after one failure nothing opens any more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Sealer:
     """Seals one direction's records under one key."""
 
     def __init__(self, key: bytes, *, limit: int = COUNTER_LIMIT) -> None:
-        """``key``: 32 bytes, never used by another Sealer.  ``limit``: records that may be sealed; LocalProtocolError after."""
+        """``key``: 32 bytes, never used by another Sealer.  ``limit``: records that may be sealed; LocalProtocolError
+        after.
+        """
         self._cipher = _cipher(key)
         self._limit = limit
         self._counter = 0
@@ -47,7 +49,8 @@ class Sealer:
     def seal_into(self, plain: Buffer, out: memoryview, associated: bytes = b"") -> int:
         """Seal ``plain`` (n bytes) into the first n + 16 bytes of ``out``, and return n + 16.
 
-        ``associated`` is authenticated and not stored.  Raises LocalProtocolError when the key is used up or ``out`` is too short.
+        ``associated`` is authenticated and not stored.  Raises LocalProtocolError when the key is used up or ``out`` is
+        too short.
         """
         counter = self._counter
         if counter >= self._limit:
@@ -79,8 +82,8 @@ class Opener:
     def open_into(self, sealed: Buffer, out: memoryview, associated: bytes = b"") -> int:
         """Open ``sealed`` (n + 16 bytes) into the first n bytes of ``out``, and return n.
 
-        Raises PeerMisbehaved where ``sealed`` is not the next record, after which every call raises LocalProtocolError; ``out``
-        must not be read then.  Raises LocalProtocolError, too, where ``out`` is too short.
+        Raises PeerMisbehaved where ``sealed`` is not the next record, after which every call raises LocalProtocolError;
+        ``out`` must not be read then.  Raises LocalProtocolError, too, where ``out`` is too short.
         """
         if self._failed:
             raise LocalProtocolError("a record failed to open before; nothing more is opened under this key")

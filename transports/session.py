@@ -1,14 +1,15 @@
 """One connection from hello to goodbye: the handshake, then sealed frames, heartbeats and a close code.
 
-Here: the state of one connection, its timers, and its control frames.  Not here: how the hello is checked (``handshake``), how
-records are sealed (``record``), what chunks add up to and which lanes there are (``channel``), sockets, clocks, threads, randomness
-(``iothread``).  A session does not know what carries its frames: a socket, or another peer who forwards them.
+Here: the state of one connection, its timers, and its control frames.  Not here: how the hello is checked
+(``handshake``), how records are sealed (``record``), what chunks add up to and which lanes there are (``channel``),
+sockets, clocks, threads, randomness (``iothread``).  A session does not know what carries its frames: a socket, or
+another peer who forwards them.
 
     machine      LISTENING --hello--> ANSWERED --READY--> OPEN --CLOSE--> CLOSED;   anything wrong: FAILED
                  DIALLING --accept--------------------> OPEN
 
-The dialer's first sealed frame is READY.  Until it opens, the listener knows only that somebody once made this hello (it may be a
-replay), reports nothing and accepts no chunk.
+The dialer's first sealed frame is READY.  Until it opens, the listener knows only that somebody once made this hello
+(it may be a replay), reports nothing and accepts no chunk.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ TRANSITIONS: Final[Mapping[tuple[State, Act], State]] = MappingProxyType(
 @final
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Both sides hold the keys, and we know it.  ``peer``: its public key.  ``grant``: bytes of payload it takes at first."""
+    """Both sides hold the keys, and we know it.  ``peer``: its public key.  ``grant``: bytes of payload it takes at
+    first.
+    """
 
     peer: bytes
     grant: int
@@ -109,7 +112,9 @@ class Opened:
 @final
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The session is over.  ``error`` is None after a normal goodbye; ``code`` is what the peer gave, or what we would give."""
+    """The session is over.  ``error`` is None after a normal goodbye; ``code`` is what the peer gave, or what we would
+    give.
+    """
 
     error: TransportsError | None
     code: CloseCode
@@ -122,7 +127,9 @@ class Inbox(Protocol):
     """Where the payload of a session's frames goes; ``channel`` implements it."""
 
     def claim(self, header: ChunkHeader) -> memoryview:
-        """Memory of ``header.payload_size`` bytes to open the payload into.  PeerMisbehaved where the peer may not send this."""
+        """Memory of ``header.payload_size`` bytes to open the payload into.  PeerMisbehaved where the peer may not send
+        this.
+        """
 
     def filled(self, header: ChunkHeader) -> None:
         """The payload lies, authenticated, in the memory claimed for it.  PeerMisbehaved where it may not be this."""
@@ -148,8 +155,8 @@ class Session:
     ) -> None:
         """``handshake``: a fresh machine; an Initiator makes this the dialer's side.
 
-        ``now``, ``lost_after``, ``answer_within``: seconds.  ``hello_again``: the path may drop the hello before anybody is
-        there, so repeat it until it is answered.  ``window``: bytes of CHUNK payload that we take at first.
+        ``now``, ``lost_after``, ``answer_within``: seconds.  ``hello_again``: the path may drop the hello before
+        anybody is there, so repeat it until it is answered.  ``window``: bytes of CHUNK payload that we take at first.
         ``admit(peer)``: whether a listener has room for a session with this peer now; if not, it is refused as BUSY.
         """
         self._handshake = handshake
@@ -162,7 +169,9 @@ class Session:
         self._again_at = now + HELLO_RETRY_SECONDS if hello_again else None
         self._window = window
         self._clear: deque[bytes] = deque()  # handshake frames to send
-        self._control: dict[Kind, ChunkHeader] = {}  # sealed frames without payload to send; a newer one replaces an older
+        self._control: dict[
+            Kind, ChunkHeader
+        ] = {}  # sealed frames without payload to send; a newer one replaces an older
         self._hello = b""
         self._answer = b""
         self._sealer: Sealer | None = None
@@ -188,12 +197,13 @@ class Session:
         """Chunks may be sent."""
         return self._state is State.OPEN
 
-    # --- the peer acts -------------------------------------------------------------------------------------------------------
+    # --- the peer acts ------------------------------------------------------------------------------------------------
 
     def receive(self, frame: memoryview, now: float, inbox: Inbox | None = None) -> list[Event]:
         """Take one frame from the peer.  ``inbox`` may be None until the session is open.
 
-        Raises PeerMisbehaved, with the session FAILED, for whatever the protocol forbids; LocalProtocolError when it had failed.
+        Raises PeerMisbehaved, with the session FAILED, for whatever the protocol forbids; LocalProtocolError when it
+        had failed.
         """
         if self._state is State.CLOSED:
             return []  # frames that crossed our goodbye
@@ -314,10 +324,12 @@ class Session:
                 raise PeerMisbehaved(f"a {kind.name} frame in an open session")
         return []
 
-    # --- we act --------------------------------------------------------------------------------------------------------------
+    # --- we act -------------------------------------------------------------------------------------------------------
 
     def seal(self, header: ChunkHeader, payload: Frame, lend: Lend) -> memoryview:
-        """One frame with ``payload`` (``header.payload_size`` bytes), sealed into lent memory; to be sent next, in this order."""
+        """One frame with ``payload`` (``header.payload_size`` bytes), sealed into lent memory; to be sent next, in this
+        order.
+        """
         if self._state is not State.OPEN:
             raise LocalProtocolError(f"a session that is {self._state.value} sends no {header.kind.name}")
         return self._seal(header, payload, lend)
@@ -327,7 +339,7 @@ class Session:
         self._control[Kind.GRANT] = ChunkHeader(Kind.GRANT, value=total)
 
     def close(self, code: CloseCode) -> None:
-        """Say goodbye; nothing that is not sealed yet goes out after this.  Does nothing to a session that has ended."""
+        """Say goodbye; what is not sealed yet does not go out.  Does nothing to a session that has ended."""
         if self._state not in (State.CLOSED, State.FAILED):
             self._fail(Act.GOODBYE, code)
 
@@ -354,7 +366,7 @@ class Session:
             self._sealer.seal_into(payload, frame[_HEAD:])
         return frame
 
-    # --- time passes ---------------------------------------------------------------------------------------------------------
+    # --- time passes --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due at ``now``, seconds."""
@@ -388,7 +400,7 @@ class Session:
             case _:
                 return self._answer_by if self._again_at is None else min(self._answer_by, self._again_at)
 
-    # --- ends ----------------------------------------------------------------------------------------------------------------
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _move(self, act: Act) -> None:
         self._state = TRANSITIONS[self._state, act]

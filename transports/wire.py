@@ -1,8 +1,9 @@
 """Every byte layout of the protocol, packed and unpacked in one place.  All integers are big-endian.
 
-Here: frame types, the 24-byte chunk header that stands sealed at the front of every frame after the handshake, and the prefix of
-forwarded frames.  Not here: the contents of the handshake frames (``handshake``), what a field's value may be in which state
-(``session``, ``channel``), nor any key.  docs/protocol.md draws the same layouts.  The story goes on in ``record``.
+Here: frame types, the 24-byte chunk header that stands sealed at the front of every frame after the handshake, and the
+prefix of forwarded frames.  Not here: the contents of the handshake frames (``handshake``), what a field's value may be
+in which state (``session``, ``channel``), nor any key.  docs/protocol.md draws the same layouts.  The story goes on in
+``record``.
 
     sealed frame type (1) = 3 | sealed chunk header (24 + 16) | sealed payload (n + 16), absent where n is 0
     chunk header kind (1) zero (1) lane (2) header size (4) value (8) payload size (4) number (4)
@@ -48,14 +49,16 @@ class Kind(enum.IntEnum):
     READY = 1
     """Initiator's first frame: confirms that it holds the keys.  ``value``: bytes of payload that it grants."""
     CHUNK = 2
-    """Part of a message on ``lane``.  ``header_size``, ``value`` (size of the body) and ``number`` are those of the message."""
+    """Part of a message on ``lane``.  ``header_size``, ``value`` (size of the body) and ``number`` are those of the
+    message.
+    """
     FORWARD = 3
     """Payload is a forwarded frame with its prefix."""
     PING = 4
     """Asks for a PONG with the same ``value``."""
     PONG = 5
     GRANT = 6
-    """``value``: bytes of CHUNK payload that the receiver of this frame may have sent in total since the session began."""
+    """``value``: bytes of CHUNK payload that this frame's receiver may send, counted since the session began."""
     CLOSE = 7
     """Goodbye; nothing follows.  ``number``: a CloseCode."""
 
@@ -107,7 +110,9 @@ def pack_chunk_header(header: ChunkHeader) -> bytes:
 
 
 def unpack_chunk_header(data: bytes | bytearray | memoryview) -> ChunkHeader:
-    """The fields in 24 opened bytes; PeerMisbehaved where a kind is unknown, a size impossible or an unused field not 0."""
+    """The fields in 24 opened bytes; PeerMisbehaved where a kind is unknown, a size impossible or an unused field not
+    0.
+    """
     code, zero, lane, header_size, value, payload_size, number = _CHUNK_HEADER.unpack(data)
     if code == Kind.CHUNK and not zero and payload_size <= PAYLOAD_MAX:  # the hot path
         return ChunkHeader(Kind.CHUNK, lane, header_size, value, payload_size, number)
@@ -120,7 +125,9 @@ def unpack_chunk_header(data: bytes | bytearray | memoryview) -> ChunkHeader:
     if zero or any(unused):
         raise PeerMisbehaved(f"a {kind.name} frame that uses fields which are not its own")
     if payload_size > PAYLOAD_MAX:
-        raise PeerMisbehaved(f"a {kind.name} frame that claims {payload_size} bytes of payload; at most {PAYLOAD_MAX} are allowed")
+        raise PeerMisbehaved(
+            f"a {kind.name} frame that claims {payload_size} bytes of payload; at most {PAYLOAD_MAX} are allowed"
+        )
     return header
 
 
@@ -141,7 +148,9 @@ def pack_forward_prefix(key: bytes, connection: int) -> bytes:
 
 
 def unpack_forward_prefix(payload: bytes | bytearray | memoryview) -> tuple[bytes, int]:
-    """Key and connection number in front of a forwarded frame; PeerMisbehaved where the payload is too short to hold a frame."""
+    """Key and connection number in front of a forwarded frame; PeerMisbehaved where the payload is too short to hold a
+    frame.
+    """
     if len(payload) <= FORWARD_PREFIX:
         raise PeerMisbehaved(f"a forwarded frame of {len(payload)} bytes, prefix included")
     return bytes(payload[:KEY_SIZE]), _CONNECTION.unpack(payload[KEY_SIZE:FORWARD_PREFIX])[0]

@@ -1,10 +1,12 @@
 """Frames over ZeroMQ: ``tcp://host:port`` and ``ipc:///path``.
 
-Here: one ROUTER for a listening port, one DEALER for a dialing port, and what must be set so that ZeroMQ loses and repeats nothing
-behind our back.  Not here: encryption (ZeroMQ's own is not used), retries after a connection broke, heartbeats (``session``).
+Here: one ROUTER for a listening port, one DEALER for a dialing port, and what must be set so that ZeroMQ loses and
+repeats nothing behind our back.  Not here: encryption (ZeroMQ's own is not used), retries after a connection broke,
+heartbeats (``session``).
 
-ZeroMQ reconnects on its own.  For us a connection is over once it broke: a dialing port then says ``Disconnected`` and is thrown
-away, and what ZeroMQ had queued goes with it.  At a ROUTER the routing id is the connection; ZeroMQ gives a new one each time.
+ZeroMQ reconnects on its own.  For us a connection is over once it broke: a dialing port then says ``Disconnected`` and
+is thrown away, and what ZeroMQ had queued goes with it.  At a ROUTER the routing id is the connection; ZeroMQ gives a
+new one each time.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class ZeroMQTransport(Transport):
         self._context: zmq.Context[Socket] = zmq.Context()
 
     def listen(self, address: str) -> Port:
-        """Bind a ROUTER; ``tcp://127.0.0.1:*`` takes any free port.  A folder made for an ipc socket is closed to others (0700)."""
+        """Bind a ROUTER; ``tcp://127.0.0.1:*`` takes any free port.  A folder made for an ipc socket is closed to
+        others (0700).
+        """
         address = _local_tcp(address) if self._scheme == "tcp" else _local_ipc(address)
         router = _socket(self._context, zmq.ROUTER, address)
         router.set(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
@@ -72,8 +76,8 @@ class ZeroMQTransport(Transport):
         return port
 
     def close(self, linger: float) -> None:
-        """End the context; waits for the linger given to each port."""
-        self._context.term()
+        """End the context; waits for the linger given to each port.  Ports that were forgotten are closed."""
+        self._context.destroy(round(1000 * linger))
 
 
 class _ZeroMQPort(Port):
@@ -88,6 +92,8 @@ class _ZeroMQPort(Port):
         return int(self._socket.get(zmq.FD)), int(self._monitor.get(zmq.FD))
 
     def close(self, linger: float) -> None:
+        if self._socket.closed:
+            return
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(round(1000 * linger))
@@ -108,8 +114,8 @@ class _ZeroMQPort(Port):
         frame = self._socket.recv(zmq.DONTWAIT, copy=False)
         if not frame.more:
             return frame
-        while frame.more:
-            frame = self._socket.recv(zmq.DONTWAIT, copy=False)
+        while self._socket.get(zmq.RCVMORE):
+            self._socket.recv(zmq.DONTWAIT)
         return None
 
 
@@ -154,8 +160,10 @@ class _DialingPort(_ZeroMQPort):
 class _ListeningPort(_ZeroMQPort):
     def __init__(self, router: Socket) -> None:
         super().__init__(router)
-        self.endpoint = router.get(zmq.LAST_ENDPOINT).decode().rstrip("\0")
-        self._descriptors: dict[bytes, int] = {}  # of a connection's socket: the monitor says whose end it saw by this alone
+        self.endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._descriptors: dict[
+            bytes, int
+        ] = {}  # of a connection's socket: the monitor says whose end it saw by this alone
         self._connections: dict[int, bytes] = {}
         self._gone: list[bytes] = []
 

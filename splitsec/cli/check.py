@@ -1,0 +1,110 @@
+"""``splitsec check``: is the graph right, do the party files fit, and what does it look like?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitsec.partyfile import Folder
+
+__all__ = ["add_parser", "run"]
+
+DESCRIPTION = """\
+Check FOLDER/graph.yaml and FOLDER/parties/*.yaml against each other, and the modules and data that they name against
+the shapes that the graph declares; then draw the graph.  Nothing is started, nothing is sent.
+
+  splitsec check examples/vanilla
+  splitsec check examples/u-shaped --svg u-shaped.svg
+  splitsec check examples/vertical --no-models     only the files: none of the parties' own code runs
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "check",
+        help="validate a folder and draw its graph",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder with graph.yaml and parties/")
+    parser.add_argument("--svg", metavar="FILE", help="write the picture to FILE, too; - for standard output alone")
+    parser.add_argument("--json", action="store_true", help="print what was found as one JSON document")
+    parser.add_argument(
+        "--no-models",
+        action="store_true",
+        help="check the files only: build no modules, read no data, run no user code",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and draw; any mistake is raised before anything is written."""
+    from splitsec.partyfile import load_folder
+
+    folder = load_folder(arguments.folder)
+    if not arguments.no_models:
+        from splitsec.probe import probe
+
+        probe(folder)
+    if arguments.svg == "-":
+        from splitsec.drawing import svg
+
+        sys.stdout.write(svg(folder.graph))
+        return 0
+    if arguments.svg is not None:
+        _write_svg(folder, Path(arguments.svg))
+    if arguments.json:
+        import json
+
+        print(json.dumps(_as_json(folder), indent=2))
+    else:
+        from splitsec.drawing import draw
+
+        sys.stdout.write(draw(folder.graph, ascii_only=not _draws_boxes(sys.stdout.encoding)))
+    return 0
+
+
+def _write_svg(folder: Folder, file: Path) -> None:
+    from splitsec.drawing import svg
+    from splitsec.errors import UserError
+
+    try:
+        file.write_text(svg(folder.graph), encoding="utf-8")
+    except OSError as reason:
+        raise UserError(
+            f"{file} cannot be written: {reason.strerror}",
+            expected="a file that you may write",
+            fix="choose another --svg",
+        ) from None
+
+
+def _draws_boxes(encoding: str | None) -> bool:
+    try:
+        "┌─▶".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _as_json(folder: Folder) -> dict[str, Any]:
+    from splitsec.contract import digest
+
+    graph = folder.graph
+    return {
+        "graph": graph.name,
+        "digest": digest(graph).hex(),
+        "parties": list(graph.parties),
+        "party_files": list(folder.parties),
+        "streams": graph.streams,
+        "schedule": graph.schedule,
+        "segments": list(graph.order),
+        "cuts": [
+            {"from": cut.source, "to": cut.target, "shape": list(cut.shape), "dtype": cut.dtype} for cut in graph.cuts
+        ],
+        "labels": [{"from": one.source, "to": one.target, "field": one.field} for one in graph.labels],
+        "links": [{"dialer": one.dialer, "listener": one.listener} for one in graph.links()],
+        "forwarded": [{"between": [one.first, one.second], "via": one.via} for one in graph.forwarded()],
+    }
