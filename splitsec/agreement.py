@@ -32,12 +32,13 @@ Owned = Mapping[str, Samples]
 """A party's own samples by split."""
 
 
-def agree_on_order(graph: Graph, party: str, guard: Guard, stream: int, owned: Owned) -> dict[str, torch.Tensor]:
+def agree_on_order(
+    graph: Graph, party: str, guard: Guard, stream: int, owned: Owned, holders: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     """For each split, this party's row for each sample of ``stream`` in the leader's order: int64 ``[n]``.
 
-    Raises ``SamplesError`` at both ends if one holder has ids that the other has not.
+    ``holders``: the parties that hold samples of the stream, the leader first.  Raises ``SamplesError`` at both ends if one holder has ids that the other has not.
     """
-    holders = graph.data_parties(stream)
     if len(holders) == 1:
         return {split: torch.arange(samples.count) for split, samples in owned.items()}
     if party == holders[0]:

@@ -62,14 +62,14 @@ def _about_group(graph: Graph, place: str) -> str:
 
 
 def _facts(graph: Graph, segment: str) -> list[str]:
-    """What a segment reads, how it joins its inputs, what it computes."""
+    """What a segment reads, which loss it computes, how it joins its inputs."""
     one = graph.segments[segment]
     facts = [f"reads {one.data}"] if one.data else []
-    if len(graph.edges_into(segment)) + (one.data is not None) > 1:
-        facts.append({"arguments": "takes its inputs as arguments"}.get(one.join, f"joins by {one.join}"))
     if one.loss is not None:
         weight = "" if one.loss_weight == 1.0 else f" {_TIMES} {one.loss_weight:g}"
         facts.append(f"loss {one.loss}{weight}")
+    if len(graph.edges_into(segment)) + (one.data is not None) > 1:
+        facts.append("takes its inputs as arguments" if one.join == "arguments" else f"joins by {one.join}")
     return facts
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "GraphError",
     "InternalError",
     "KeyFileError",
+    "PartyFailed",
     "PartyFileError",
     "PeerError",
     "PeerLost",
@@ -142,6 +143,16 @@ class PeerRefusedUs(PeerError):
 
 class PeerMisbehaved(PeerError):
     """The party sent what the contract does not allow."""
+
+
+class PartyFailed(SplitsecError):
+    """A party of a simulation failed; carries that party's own message and exit code."""
+
+    def __init__(self, party: str, text: str, *, exit_code: int, kind: str) -> None:
+        self.party = party
+        self.exit_code = exit_code
+        self.kind = kind
+        super().__init__(f"party {party} failed ({kind}): {text}")
 
 
 class InternalError(SplitsecError):

@@ -458,13 +458,17 @@ class Graph(_Entry):
         """The schedule of the groups; None without groups."""
         return next(iter(self.groups.values())).schedule if self.groups else None
 
-    def data_parties(self, stream: int) -> tuple[str, ...]:
-        """The parties that hold data or labels of ``stream``, in the order of `parties`."""
-        places = [one.at for one in self.segments.values() if one.data is not None] + [
-            one.source for one in self.labels
-        ]
-        holders = {self.party_at(place, stream) for place in places}
-        return tuple(name for name in self.parties if name in holders)
+    def data_parties(self, stream: int, *, labels: bool = True) -> tuple[str, ...]:
+        """The parties that hold data or labels of ``stream``; the first leads when they agree on the order of samples.
+
+        Members of a group stand first (their samples are the stream), then those that hold data, then those that hold
+        labels alone, who are left out without ``labels``; each in the order of `parties`.
+        """
+        readers = {self.party_at(one.at, stream) for one in self.segments.values() if one.data is not None}
+        holders = readers | ({self.party_at(one.source, stream) for one in self.labels} if labels else set())
+        grouped = {member for group in self.groups.values() for member in group.members}
+        ranks = {name: (name not in grouped, name not in readers, rank) for rank, name in enumerate(self.parties)}
+        return tuple(sorted(holders, key=ranks.__getitem__))
 
     # Edges and order
 

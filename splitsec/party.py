@@ -195,6 +195,10 @@ class Party:
             )
         return {"predict": own[self.job.split]} if own else {}
 
+    def _holders(self, stream: int) -> tuple[str, ...]:
+        """The parties whose samples make up ``stream``, the leader first; to predict, nobody needs labels."""
+        return self.graph.data_parties(stream, labels=self.job.action == "train")
+
     def connect(self) -> None:
         """Open a channel to every peer.  Raises ``PeerUnreachable``, ``PeerRefusedUs``."""
         self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen)
@@ -206,11 +210,11 @@ class Party:
         """Agree on the order of samples and their number."""
         led: dict[int, dict[str, int]] = {}
         for stream in self.plan.streams:
-            holders = self.graph.data_parties(stream.stream)
+            holders = self._holders(stream.stream)
             if self.name not in holders:
                 continue
             self.rows[stream.stream] = agree_on_order(
-                self.graph, self.name, self.guard, stream.stream, self.own
+                self.graph, self.name, self.guard, stream.stream, self.own, holders
             )
             if self.name == holders[0]:
                 led[stream.stream] = {
@@ -336,7 +340,7 @@ class Party:
     def _save_predictions(self, folder: Path) -> None:
         """Predictions where the last segment is, ids where the samples are; rows of both stand in the same order."""
         outputs = {segment: torch.cat(parts).contiguous() for segment, parts in self.predictions.items()}
-        mine = [stream for stream in self.rows if self.name == self.graph.data_parties(stream)[0]]
+        mine = [stream for stream in self.rows if self.name == self._holders(stream)[0]]
         samples = self.own.get("predict")
         if not outputs and (not mine or samples is None):
             return

@@ -28,12 +28,12 @@ from typing import Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from splitsec.errors import PeerLost, PeerUnreachable, SplitsecError, UserError
+from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
 from splitsec.partyfile import Folder, load_folder
 from splitsec.schedule import TRAIN, Turn, run_schedule, steps_of
 
-__all__ = ["PartyFailed", "Result", "Watch", "predict", "simulate"]
+__all__ = ["Result", "Watch", "predict", "simulate"]
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with a party's name and each event that it reports, for progress."""
@@ -41,16 +41,6 @@ Watch = Callable[[str, dict[str, Any]], None]
 SECONDS_TO_END: Final = 2.0
 SECONDS_FOR_THE_CAUSE: Final = 1.0
 """After one party fails, how long to listen for another's error that explains it."""
-
-
-class PartyFailed(SplitsecError):
-    """A party of the simulation failed; carries that party's own message and exit code."""
-
-    def __init__(self, party: str, text: str, *, exit_code: int, kind: str) -> None:
-        self.party = party
-        self.exit_code = exit_code
-        self.kind = kind
-        super().__init__(f"party {party} failed ({kind}): {text}")
 
 
 @dataclass(frozen=True)
@@ -98,11 +88,13 @@ def simulate(
     ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
     folder. Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
+    began = time.monotonic()
     loaded = _checked(folder, epochs=epochs, seed=seed)
     job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train"}
     with _Processes(loaded, job, watch, before_turn) as processes:
         processes.follow()
-        return _summed(processes, out)
+        result = _summed(processes, began, out)
+    return result
 
 
 def predict(
@@ -120,11 +112,13 @@ def predict(
         raise UserError(
             f"no folder {weights}", expected="the folder that `--out` of a training run wrote", fix="train first"
         )
+    began = time.monotonic()
     loaded = _checked(folder)
     job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split}
     with _Processes(loaded, job, watch) as processes:
         processes.follow()
-        return _summed(processes, out)
+        result = _summed(processes, began, out)
+    return result
 
 
 def _absolute(path: str | Path | None) -> str | None:
@@ -394,7 +388,7 @@ def _tail(log: Path, lines: int = 15) -> str:
 # --- sums over what the parties reported
 
 
-def _summed(processes: _Processes, out: str | Path | None) -> Result:
+def _summed(processes: _Processes, began: float, out: str | Path | None) -> Result:
     graph = processes.graph
     predicted: dict[str, int] = {}
     counts: list[dict[str, int]] = []
@@ -410,14 +404,15 @@ def _summed(processes: _Processes, out: str | Path | None) -> Result:
                 case "agreed":
                     counts = event["counts"]
                 case "saved":
-                    predicted.update(event.get("predicted", {}))
+                    for segment, count in event.get("predicted", {}).items():
+                        predicted[segment] = predicted.get(segment, 0) + count
     training = processes.job["action"] == TRAIN
     return Result(
         graph=graph.name,
         parties=tuple(graph.parties),
         epochs=graph.training.epochs if training else 0,
         steps=_updates(graph, counts) if training else 0,
-        wall_seconds=time.monotonic() - processes.started,
+        wall_seconds=time.monotonic() - began,
         startup_seconds=processes.all_connected - processes.started,
         metrics=_metrics(graph, scores) if training else {},
         cuts=tuple(sorted(cuts, key=lambda row: (row["from"], row["to"], row["direction"]))),

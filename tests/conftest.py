@@ -30,7 +30,7 @@ SOURCE: Final = Path(splitsec.__file__).parents[1]
 TOKEN: Final = "SPLITSEC_TEST_EVENTS"
 """Environment variable of every process that a test starts, and of all that those start: path of the events' pipe."""
 
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 """Seconds that any wait may take on a busy machine before the test fails."""
 
 GRAPH: Final = """\

@@ -249,16 +249,21 @@ class TransportConformance(ABC):
     def test_one_may_dial_before_the_other_listens(self) -> None:
         """The first frame is sent once somebody is there, and is the first to arrive."""
         with _Ends(self.address()) as ends:
-            ends.listening.close(0)
-            ends.dialing.close(0)
-            dialing = ends.transports[0].dial(ends.endpoint)
-            assert dialing.receive() is None
-            ends.listening = ends.transports[1].listen(ends.endpoint)
-            ends.dialing = dialing
-            event = _next_event(dialing)
-            assert isinstance(event, Connected)
-            _send(dialing, event.connection, b"good morning")
-            assert bytes(ends.next_frame(ends.listening)) == b"good morning"
+            endpoint = ends.endpoint  # free again once all is closed
+        scheme, kind = find_transport(endpoint)
+        transport = kind(scheme)
+        dialing = transport.dial(endpoint)
+        assert dialing.receive() is None
+        listening = transport.listen(endpoint)
+        event = _next_event(dialing)
+        assert isinstance(event, Connected)
+        _send(dialing, event.connection, b"good morning")
+        event = _next_event(listening)
+        assert isinstance(event, Arrival)
+        assert bytes(event.frame) == b"good morning"
+        for port in (dialing, listening):
+            port.close(0)
+        transport.close(0)
 
     def test_the_end_of_a_connection_is_told_after_its_last_frame(self) -> None:
         """Whoever dialed leaves."""

@@ -63,7 +63,6 @@ class ZeroMQTransport(Transport):
     def dial(self, address: str) -> Port:
         """Connect a DEALER; it goes on trying."""
         dealer = _socket(self._context, zmq.DEALER, address)
-        dealer.set(zmq.IMMEDIATE, 1)  # queue nothing for a connection that is not there
         dealer.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         dealer.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
@@ -149,6 +148,8 @@ class _DialingPort(_ZeroMQPort):
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         if self._broken:
             return True
+        if not self._connected:
+            return False  # or ZeroMQ would queue it.  (Its IMMEDIATE would not, but drops what came in when a connection ends.)
         try:
             self._socket.send(frame, zmq.DONTWAIT)
         except zmq.Again:

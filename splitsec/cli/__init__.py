@@ -32,7 +32,7 @@ private):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from splitsec import __version__
-    from splitsec.cli import bench, join, keys, predict, simulate
+    from splitsec.cli import bench, check, join, keys, predict, simulate
 
     parser = argparse.ArgumentParser(
         prog="splitsec", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     runs = {}
-    for module in (keys, simulate, predict, join, bench):
+    for module in (check, keys, simulate, predict, join, bench):
         module.add_parser(commands)
         runs[module.__name__.rsplit(".", 1)[1]] = module.run
     arguments = parser.parse_args(argv)

@@ -1,0 +1,209 @@
+"""Whatever happens to a simulation, it ends within seconds, says which party and why, and leaves no process behind.
+
+Real processes throughout.  The ``shell`` fixture fails every test that leaves a process; here each test says, beside
+that, how soon the end comes, and with which words and exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import GRAPH, PATIENCE, Command, Shell, change, ended, replaced, write_folder
+
+SECONDS = 15.0
+"""Within which everything ends; it takes 3 on an idle machine (2 to ask and then kill, 1 to look for the cause)."""
+
+FOR_EVER = ("epochs: 2", "epochs: 1000000")
+
+
+def in_the_middle(shell: Shell, folder: Path) -> tuple[Command, dict[str, int]]:
+    """A simulation that trains for ever and has done a few steps, and the process id of each of its parties."""
+    change(folder / "graph.yaml", FOR_EVER)
+    command = shell.start("simulate", folder, "--out", folder.parent / "out")
+    parties = {}
+    for party in ("clinic-a", "clinic-b", "server"):  # clinic-b trains after clinic-a's turn
+        pid = int(shell.hear("step", party, "1")[3])
+        parties[party] = pid
+    assert {command.pid, *parties.values()} == set(shell.alive())
+    return command, parties
+
+
+@pytest.mark.parametrize("party", ["clinic-a", "clinic-b", "server"])
+def test_a_party_that_is_killed(shell: Shell, folder: Path, party: str) -> None:
+    command, parties = in_the_middle(shell, folder)
+    os.kill(parties[party], signal.SIGKILL)
+    end = command.end()
+    assert shell.alive() == {}
+    assert end.seconds < SECONDS
+    assert end.code == 4
+    assert f"\nsplitsec: {party}: died: killed by signal SIGKILL" in end.stderr
+    assert "Traceback" not in end.stderr
+    assert end.stdout == ""
+    assert not (folder.parent / "out").exists()
+
+
+def test_ctrl_c(shell: Shell, folder: Path) -> None:
+    command, _ = in_the_middle(shell, folder)
+    os.kill(command.pid, signal.SIGINT)
+    end = command.end()
+    assert shell.alive() == {}
+    assert end.seconds < SECONDS
+    assert end.code == 130
+    assert end.stderr.endswith("\nsplitsec: stopped by Ctrl-C; every process that was started has ended\n")
+    assert "Traceback" not in end.stderr
+    assert end.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_simulation_itself_is_ended(shell: Shell, folder: Path, number: signal.Signals) -> None:
+    """The parties notice that their parent is gone, and end by themselves: nobody else can end them after SIGKILL."""
+    command, parties = in_the_middle(shell, folder)
+    handles = [os.pidfd_open(pid) for pid in parties.values()]
+    os.kill(command.pid, number)
+    end = command.end()
+    assert end.seconds < SECONDS
+    assert end.code in (-number, 128 + number)
+    assert all(ended(handle, SECONDS) for handle in handles)
+    assert shell.alive() == {}
+    for handle in handles:
+        os.close(handle)
+
+
+def test_a_party_that_never_comes_up(shell: Shell, folder: Path) -> None:
+    """Its data function waits for ever: in the process of clinic-b alone, as one does that waits for a disk."""
+    change(folder / "graph.yaml", ("connect: 30", "connect: 3"))
+    (folder / "parties" / "stuck.py").write_text(
+        "import os, signal, sys\n"
+        "from data import samples, test\n"
+        "def train(site):\n"
+        "    while 'splitsec.process' in ' '.join(sys.orig_argv):\n"
+        "        signal.pause()\n"
+        "    return samples(site, 24)\n"
+    )
+    change(folder / "parties" / "clinic-b.yaml", ('"data:train"', '"stuck:train"'))
+    end = shell.run("simulate", folder)
+    assert shell.alive() == {}
+    assert end.code == 4
+    assert "\nsplitsec: clinic-b: did not come up within 3 s" in f"\n{end.stderr}"
+    assert "data function" in end.stderr
+    assert "Traceback" not in end.stderr
+
+
+def test_data_that_never_come(shell: Shell, folder: Path) -> None:
+    """Its data function waits for ever, also when the folder is checked before anything is started."""
+    change(folder / "graph.yaml", ("connect: 30", "connect: 3"))
+    (folder / "parties" / "stuck.py").write_text(
+        "import signal\n"
+        "from data import test\n"
+        "from models import tell\n"
+        "def train(site):\n"
+        "    tell('stuck', site)\n"
+        "    while True:\n"
+        "        signal.pause()\n"
+    )
+    change(folder / "parties" / "clinic-b.yaml", ('"data:train"', '"stuck:train"'))
+    command = shell.start("simulate", folder)
+    shell.hear("stuck", "1")
+    end = command.end(3 + SECONDS)
+    assert end.code == 4
+    assert "\nsplitsec: clinic-b: did not come up within 3 s" in f"\n{end.stderr}"
+
+
+def test_user_code_that_fails_in_a_step(shell: Shell, folder: Path) -> None:
+    change(folder / "graph.yaml", FOR_EVER)
+    change(folder / "parties" / "clinic-b.yaml", ("party: clinic-b}", "party: clinic-b, fails_in: 3}"))
+    command = shell.start("simulate", folder)
+    shell.hear("step", "clinic-b", "3")
+    end = command.end()
+    assert shell.alive() == {}
+    assert end.seconds < SECONDS
+    assert end.code == 2
+    models = folder / "parties" / "models.py"
+    line = 1 + models.read_text().split("\n").index('                raise ValueError("the third step is too much")')
+    assert re.search(
+        rf"\nsplitsec: party clinic-b failed \(PartyFileError\): {re.escape(str(models))}:{line}: "
+        r"segment 'stem' failed: ValueError: the third step is too much\n",
+        end.stderr,
+    )
+    assert "Traceback" not in end.stderr
+
+
+def test_standard_output_is_one_json_document(shell: Shell, folder: Path) -> None:
+    """User code that prints, in every function and also below Python, does not spoil it."""
+    for file, begin in (("models.py", "def stem"), ("data.py", "def train")):
+        noisy = 'import os\nprint("rubbish from Python")\nos.write(1, b"rubbish from below\\n")\n'
+        change(folder / "parties" / file, (begin, f"{noisy}\n\n{begin}"))
+    end = shell.run("simulate", folder, "--json", "--epochs", "1", "--seed", "3")
+    assert end.code == 0, end.stderr
+    assert "rubbish" not in end.stdout
+    found = json.loads(end.stdout)
+    assert end.stdout == json.dumps(found, indent=2) + "\n"
+    assert {"graph", "parties", "epochs", "steps", "wall_seconds", "metrics", "cuts"} <= found.keys()
+    assert found["graph"] == "small"
+    assert found["parties"] == ["clinic-a", "clinic-b", "server"]
+    assert found["epochs"] == 1
+    assert found["steps"] == 6  # 24 samples in batches of 8, at each of two clinics
+    assert 0 < found["startup_seconds"] <= found["wall_seconds"] < PATIENCE
+    for name in ("train_loss", "eval_loss"):
+        (loss,) = found["metrics"][name]
+        assert 0.5 < loss < 2.0  # log 3 = 1.1 for a guess among three
+    (accuracy,) = found["metrics"]["eval_accuracy"]
+    assert accuracy * 16 == round(accuracy * 16)  # of 16 test samples in all
+    directions = {(row["from"], row["to"], row["direction"], row["sender"]) for row in found["cuts"]}
+    for clinic in ("clinic-a", "clinic-b"):
+        assert ("stem", "trunk", "forward", clinic) in directions
+    assert ("stem", "trunk", "backward", "server") in directions
+    activations = [row for row in found["cuts"] if (row["kind"], row["sender"]) == ("activation", "clinic-a")]
+    assert [row["messages"] for row in activations] == [4]  # 3 to train, 1 to evaluate
+    assert 32 * 8 * 4 < activations[0]["bytes"] < 32 * 8 * 4 + 4 * 100  # 32 samples of 8 floats, and headers
+
+
+ONE_PARTY = """\
+splitsec: 1
+name: alone
+parties: {server: {}}
+segments: {trunk: {at: server, data: x, loss: cross_entropy}}
+labels: [{from: server, to: trunk}]
+training: {epochs: 1, batch_size: 8, seed: 7}
+"""
+
+
+@pytest.mark.parametrize("parties", [1, 3])
+def test_compute_threads_are_shared_out(shell: Shell, tmp_path: Path, parties: int) -> None:
+    if parties == 1:
+        folder = write_folder(tmp_path / "alone", ONE_PARTY, clinics=())
+        change(folder / "parties" / "models.py", ("nn.Sequential(nn.ReLU(), Watched(8, 3, **args))", "stem(**args)"))
+        with (folder / "parties" / "server.yaml").open("a") as file:
+            file.write('data: {train: "data:train", args: {site: 0}}\n')
+    else:
+        folder = write_folder(tmp_path / "small")
+    end = shell.run("simulate", folder, "--epochs", "1", "--quiet")
+    assert end.code == 0, end.stderr
+    expected = max(1, len(os.sched_getaffinity(0)) // parties)
+    for party in ["server", "clinic-a", "clinic-b"][:parties]:
+        assert int(shell.hear("step", party, "1")[4]) == expected
+
+
+def test_ten_parties_start(shell: Shell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under 15 s on two idle cores; the bound here is for machines that others use, too."""
+    clinics = [f"clinic-{number}" for number in range(9)]
+    graph = replaced(
+        GRAPH,
+        ("  clinic-a: {}\n  clinic-b: {}\n", "".join(f"  {name}: {{}}\n" for name in clinics)),
+        ("members: [clinic-a, clinic-b], schedule: round_robin", f"members: [{', '.join(clinics)}], schedule: parallel"),
+        ("connect: 30", "connect: 120"),
+    )
+    folder = write_folder(tmp_path / "ten", graph, clinics=clinics)
+    end = shell.run("simulate", folder, "--epochs", "1", "--json", "--quiet")
+    assert end.code == 0, end.stderr
+    found = json.loads(end.stdout)
+    assert len(found["parties"]) == 10
+    with capsys.disabled():
+        print(f"\nten parties started and connected in {found['startup_seconds']:.1f} s")
+    assert found["startup_seconds"] < 60
