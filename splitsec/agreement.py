@@ -37,7 +37,8 @@ def agree_on_order(
 ) -> dict[str, torch.Tensor]:
     """For each split, this party's row for each sample of ``stream`` in the leader's order: int64 ``[n]``.
 
-    ``holders``: the parties that hold samples of the stream, the leader first.  Raises ``SamplesError`` at both ends if one holder has ids that the other has not.
+    ``holders``: the parties that hold samples of the stream, the leader first.  Raises ``SamplesError`` at both ends
+    if one holder has ids that the other has not.
     """
     if len(holders) == 1:
         return {split: torch.arange(samples.count) for split, samples in owned.items()}
@@ -153,7 +154,7 @@ class Gossip:
         self._done: set[str] = set()
 
     def agree_on_counts(self, own: Mapping[int, Mapping[str, int]]) -> list[dict[str, int]]:
-        """How many samples every stream has in each split.  ``own``: what this party, as their leader, knows already."""
+        """How many samples each stream has in each split.  ``own``: what this party, as their leader, knows already."""
         for stream, counts in own.items():
             self._learn_counts(stream, dict(counts), self._party)
         self._listen(lambda: len(self._counts) == self._streams)
@@ -175,7 +176,9 @@ class Gossip:
     def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
         match dict(facts):
             case {"say": "counts", "stream": int() as stream, **counts} if 0 <= stream < self._streams:
-                numbers = {split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**40}
+                numbers = {
+                    split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**40
+                }
                 if len(numbers) == len(SPLITS) == len(counts):
                     return self._learn_counts(stream, numbers, said_by)
             case {"say": "done", "party": str() as name} if name in self._everyone:
@@ -190,7 +193,9 @@ class Gossip:
             self._pass_on({"say": "counts", "stream": stream, **counts}, said_by)
         elif self._counts[stream] != counts:
             raise PeerMisbehaved(
-                f"says that stream {stream} has {counts}", party=said_by, expected=f"{self._counts[stream]}, as others say"
+                f"says that stream {stream} has {counts}",
+                party=said_by,
+                expected=f"{self._counts[stream]}, as others say",
             )
 
     def _learn_done(self, name: str, said_by: str) -> None:

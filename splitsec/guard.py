@@ -17,7 +17,7 @@ from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, 
 from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
 from splitsec.plan import Lane, Plan
 from splitsec.transports import errors as below
-from splitsec.transports.iothread import Closed, CloseCode, Event, Opened, Received
+from splitsec.transports.iothread import CloseCode, Closed, Event, Opened, Received
 
 __all__ = ["Guard", "MessageThread", "Traffic"]
 

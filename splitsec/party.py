@@ -44,7 +44,7 @@ from splitsec.transports.iothread import CloseCode, IOThread, Peer
 __all__ = ["Job", "Party", "Report", "run_party"]
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, turn over, score, traffic, saved,
+"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, turn over, score, saved,
 done.
 """
 

@@ -51,7 +51,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Edge:
-    """One cut or label edge as it stands in one stream.  ``source`` and ``target`` are segments (a party for labels)."""
+    """One cut or label edge as it stands in one stream.  ``source`` is a segment, or the place of labels."""
 
     index: int
     source: str

@@ -111,10 +111,10 @@ def _check_loss(graph: Graph, stage: Stage, segment: Segment, produced: Any, row
         with (
             torch.no_grad(),
             user_code(
-                f"the loss of segment {stage.segment!r}, given output {list(produced.shape)} and labels {list(labels.shape)},"
+                f"the loss of segment {stage.segment!r}, given {list(produced.shape)} and labels {list(labels.shape)},"
             ),
         ):
-            loss = segment.loss(produced, labels)
+            loss: Any = segment.loss(produced, labels)
     except PartyFileError as error:
         raise GraphError(error.seen, file=graph.file, line=graph.line_of("labels", place), expected=wanted) from error
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
@@ -125,10 +125,9 @@ def _check_loss(graph: Graph, stage: Stage, segment: Segment, produced: Any, row
 
 
 def _check_labels(graph: Graph, party_file: PartyFile, edge: Edge, samples: Samples | None) -> None:
-    if samples is None or edge.field not in samples.fields:
+    labels = samples.fields.get(edge.field) if samples is not None and edge.field is not None else None
+    if labels is None:
         return
-    assert edge.field is not None
-    labels = samples.fields[edge.field]
     found, declared = (list(labels.shape[1:]), NAMES.get(labels.dtype)), (list(edge.shape), edge.dtype)
     if found != declared:
         raise GraphError(

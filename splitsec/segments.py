@@ -190,7 +190,8 @@ class Segment:
         for name, tensor in own.items():
             if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
                 raise ValueError(
-                    f"{name} is {list(weights[name].shape)} {weights[name].dtype}, here {list(tensor.shape)} {tensor.dtype}"
+                    f"{name} is {list(weights[name].shape)} {weights[name].dtype}, "
+                    f"here {list(tensor.shape)} {tensor.dtype}"
                 )
         self.module.load_state_dict(dict(weights))
 
@@ -210,7 +211,7 @@ class Segment:
                     else:
                         raise PartyFileError(
                             f"the optimizer of segment {self.name!r} keeps {name!r} as {type(value).__name__}",
-                            expected="optimizer state made of tensors and numbers, which can be handed to the next member",
+                            expected="state made of tensors and numbers, which can be handed to the next member",
                             fix="use another optimizer, or a group with `schedule: parallel`",
                         )
         return tensors, plain
@@ -255,14 +256,16 @@ def output_of(segment: str, produced: Any, edge: Edge) -> torch.Tensor:
     if isinstance(produced, Mapping):
         if edge.output is None or edge.output not in produced:
             raise PartyFileError(
-                f"segment {segment!r} returns a dict with {', '.join(map(repr, produced))}; its cut to {edge.target!r} asks for "
+                f"segment {segment!r} returns a dict with {', '.join(map(repr, produced))}; "
+                f"its cut to {edge.target!r} asks for "
                 f"{'no output by name' if edge.output is None else repr(edge.output)}",
                 expected="`output:` of the cut to name one of them",
             )
         chosen = produced[edge.output]
     elif edge.output is not None:
         raise PartyFileError(
-            f"segment {segment!r} returns {type(produced).__name__}; its cut to {edge.target!r} asks for output {edge.output!r}",
+            f"segment {segment!r} returns {type(produced).__name__}; "
+            f"its cut to {edge.target!r} asks for output {edge.output!r}",
             expected="a dict with that name",
         )
     if not isinstance(chosen, torch.Tensor):

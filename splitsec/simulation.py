@@ -262,7 +262,8 @@ class _Processes:
             waiting = [party.name for party in self._running.values() if not party.ready]
             if waiting and time.monotonic() > deadline:
                 raise PeerUnreachable(
-                    f"did not come up within {self.graph.timeouts.connect:g} s: it is still starting, or in its own model or data functions",
+                    f"did not come up within {self.graph.timeouts.connect:g} s: "
+                    "it is still starting, or in its own model or data functions",
                     party=waiting[0],
                     expected="every party ready to connect within `timeouts: {connect: ...}` of the graph file",
                     fix="look at what its data function does, or raise that number",

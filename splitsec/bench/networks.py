@@ -5,6 +5,7 @@ Here: builders and data functions that the bench's party files name, and that it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +18,9 @@ __all__ = ["NETWORKS", "Network", "client", "samples", "server"]
 
 @dataclass(frozen=True)
 class Network:
-    """One network cut in two.  ``image``: shape of a sample; ``cut``: shape at the cut; ``work``: the client's share of a step."""
+    """One network cut in two.  ``image``: shape of a sample; ``cut``: shape at the cut; ``work``: the client's share
+    of a step.
+    """
 
     client: Callable[[], nn.Module]
     server: Callable[[], nn.Module]
@@ -29,7 +32,7 @@ class Network:
 
 def _conv(*widths: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
     return layers
 
@@ -56,7 +59,12 @@ NETWORKS: Final[dict[str, Network]] = {
     "cnn-deep": Network(
         client=lambda: nn.Sequential(*_conv(3, 32, 32), nn.MaxPool2d(2)),
         server=lambda: nn.Sequential(
-            *_conv(32, 64, 64, 64), nn.MaxPool2d(2), *_conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
+            *_conv(32, 64, 64, 64),
+            nn.MaxPool2d(2),
+            *_conv(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(128, 10),
         ),
         image=(3, 32, 32),
         cut=(32, 16, 16),

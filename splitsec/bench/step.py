@@ -1,9 +1,10 @@
 """``splitsec bench step``: a training step split over two processes, against the same step in one process.
 
-Here: both sides, in turn, in one run: a round of the one-process side while the parties stand still, then one of theirs.  The parties
-are the real ones: ``simulate``'s processes, channels and engine over loopback TCP.  All processes use the same number of threads, and
-the one-process side takes the whole batch at once whatever the micro-batches are.  In lock-step (one micro-batch) both sides must end
-with equal weights, to the last bit, or the measurement is void.
+Here: both sides, in turn, in one run: a round of the one-process side while the parties stand still, then one of
+theirs.  The parties are the real ones: ``simulate``'s processes, channels and engine over loopback TCP.  All
+processes use the same number of threads, and the one-process side takes the whole batch at once whatever the
+micro-batches are.  In lock-step (one micro-batch) both sides must end with equal weights, to the last bit, or the
+measurement is void.
 """
 
 from __future__ import annotations
@@ -153,11 +154,13 @@ class _OneProcess:
 
     def epoch(self, epoch: int) -> float:
         """Seconds for one pass in the order that every party of the split run uses."""
+        import torch
+
         from splitsec.samples import epoch_order
 
         order = epoch_order(SEED, epoch, 0, len(self.samples["x"]))
         began = time.perf_counter()
-        for rows in order.split(self.batch):
+        for rows in torch.split(order, self.batch):
             self._step(self.samples["x"][rows], self.samples["y"][rows])
         return time.perf_counter() - began
 
@@ -193,7 +196,9 @@ def _folder(folder: Path, network: str, micro_batches: int, steps: int, epochs: 
             "client-segment": {"at": "client", "data": "x"},
             "server-segment": {"at": "server", "loss": "cross_entropy"},
         },
-        "cuts": [{"from": "client-segment", "to": "server-segment", "shape": list(NETWORKS[network].cut), "dtype": "float32"}],
+        "cuts": [
+            {"from": "client-segment", "to": "server-segment", "shape": list(NETWORKS[network].cut), "dtype": "float32"}
+        ],
         "labels": [{"from": "client", "to": "server-segment"}],
         "training": {
             "epochs": epochs,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    runs = {}
+    runs: dict[str, Callable[[argparse.Namespace], int]] = {}
     for module in (check, keys, simulate, predict, join, bench):
         module.add_parser(commands)
         runs[module.__name__.rsplit(".", 1)[1]] = module.run

@@ -11,8 +11,8 @@ from splitsec.cli.simulate import counted
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
-Measure on this machine.  Every figure stands beside its alternative, measured in turn in the same run; compare ratios, not
-milliseconds: machines differ and are shared.
+Measure on this machine.  Every figure stands beside its alternative, measured in turn in the same run; compare
+ratios, not milliseconds: machines differ and are shared.
 
   splitsec bench step          a training step over two encrypted processes, against the same step in one process
   splitsec bench step --json
@@ -28,9 +28,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("step",), help="what to measure")
-    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else on standard output")
-    parser.add_argument("--rounds", type=counted, default=7, metavar="N", help="counted rounds of each side (default: 7)")
-    parser.add_argument("--threads", type=counted, default=1, metavar="N", help="compute threads of every process (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else, on standard output")
+    parser.add_argument(
+        "--rounds", type=counted, default=7, metavar="N", help="counted rounds of each side (default: 7)"
+    )
+    parser.add_argument(
+        "--threads", type=counted, default=1, metavar="N", help="compute threads of every process (default: 1)"
+    )
     parser.add_argument("--network", action="append", metavar="NAME", help="only this network (may be repeated)")
 
 
@@ -44,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     cases = tuple(case for case in CASES if not arguments.network or case[0] in arguments.network)
     if unknown := set(arguments.network or ()) - {case[0] for case in CASES}:
-        raise UserError(f"no network {sorted(unknown)[0]!r}", expected="one of " + ", ".join(sorted({case[0] for case in CASES})))
+        known = ", ".join(sorted({case[0] for case in CASES}))
+        raise UserError(f"no network {sorted(unknown)[0]!r}", expected=f"one of {known}")
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -53,9 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(as_json(results), indent=2))
         return 0
-    table = Table(title=f"one training step, {arguments.threads} thread(s) a process, medians of {arguments.rounds} rounds")
+    table = Table(title=f"one training step, {arguments.threads} thread(s) a process, medians of {arguments.rounds}")
     table.add_column("network")
-    for column in ("micro-batches", "client's share", "one process", "split, encrypted", "ratio", "added", "same weights"):
+    columns = ("micro-batches", "client's share", "one process", "split, encrypted", "ratio", "added", "same weights")
+    for column in columns:
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(

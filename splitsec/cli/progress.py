@@ -68,7 +68,8 @@ class Followed:
                 loss = event["loss"] / event["rows"]
                 accuracy = "" if event["correct"] is None else f", accuracy {event['correct'] / event['rows']:.1%}"
                 self._line(
-                    f"epoch {event['epoch'] + 1}: {party} {event['phase']}s {event['segment']}: loss {loss:.4f}{accuracy}"
+                    f"epoch {event['epoch'] + 1}: {party} {PHASES[event['phase']]} {event['segment']}: "
+                    f"loss {loss:.4f}{accuracy}"
                 )
             case "saved":
                 self._line(f"{party}: wrote {event['folder']}")

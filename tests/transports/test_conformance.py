@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
 
-from splitsec.transports.base import AddressError, Arrival, Event, Port, Transport, find_transport, registered
-from splitsec.transports.memory import MemoryTransport
 from splitsec.transports.testing import TransportConformance
 
 _numbers = itertools.count()
