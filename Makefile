@@ -44,6 +44,7 @@ install: $(VENV)/installed-dev
 
 demo: $(VENV)/installed-demo
 	@echo "==> training examples/vanilla: three clinics and a server, one process each, every message encrypted"
+	@rm -rf out/demo
 	@$(BIN)/splitsec simulate examples/vanilla --out out/demo
 	@echo "==> training the same network in one process, in plain PyTorch, to compare"
 	@$(BIN)/python examples/compare.py examples/vanilla out/demo

@@ -13,12 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import pytest
 
@@ -180,41 +181,72 @@ class Command:
     """One ``splitsec ...`` that runs."""
 
     def __init__(self, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -> None:
-        self._streams = {name: (cwd / f".{time.monotonic_ns()}.{name}").open("wb+") for name in ("out", "err")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "splitsec", *map(str, arguments)],
             cwd=cwd,
             env=dict(env),
             stdin=subprocess.DEVNULL,
-            stdout=self._streams["out"],
-            stderr=self._streams["err"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.ending = os.pidfd_open(self.process.pid)
+        self.out, self.err = _Written(self.process.stdout), _Written(self.process.stderr)
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
-    def said(self) -> str:
-        """What it has written to standard error so far."""
-        return os.pread(self._streams["err"].fileno(), 1 << 20, 0).decode()
-
     def end(self, patience: float = PATIENCE) -> Ended:
         """Wait for its end."""
         started = time.monotonic()
-        assert ended(self.ending, patience), f"{self.process.args} still runs after {patience} s:\n{self.said()}"
+        assert ended(self.ending, patience), f"{self.process.args} still runs after {patience} s:\n{self.err.text}"
         seconds = time.monotonic() - started
-        out, err = (os.pread(self._streams[name].fileno(), 1 << 24, 0).decode() for name in ("out", "err"))
-        return Ended(self.process.wait(), out, err, seconds)
+        return Ended(self.process.wait(), self.out.to_its_end(), self.err.to_its_end(), seconds)
 
     def close(self) -> None:
         """Kill it, if it still runs."""
+        if self.ending < 0:
+            return
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         os.close(self.ending)
-        for stream in self._streams.values():
-            stream.close()
+        self.ending = -1
+        for written in (self.out, self.err):
+            written.close()
+
+
+class _Written:
+    """What a process writes to one of its streams, read as it comes."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        assert stream is not None
+        self.text = ""
+        self._stream = stream
+        self._grown = threading.Condition()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        for line in self._stream:
+            with self._grown:
+                self.text += line.decode()
+                self._grown.notify_all()
+
+    def line_with(self, words: str, patience: float = PATIENCE) -> str:
+        """The first line that holds ``words``; waits for it."""
+        with self._grown:
+            assert self._grown.wait_for(lambda: words in self.text, patience), f"never wrote {words!r}:\n{self.text}"
+            return next(line for line in self.text.splitlines() if words in line)
+
+    def to_its_end(self) -> str:
+        """All of it, once the process has ended."""
+        self._thread.join(PATIENCE)
+        return self.text
+
+    def close(self) -> None:
+        self._thread.join(PATIENCE)
+        self._stream.close()
 
 
 def ended(process: int, patience: float) -> bool:
@@ -259,7 +291,7 @@ class Shell:
                 if event[: len(words)] == list(words):
                     return event
             readable, _, _ = select.select([self._events], [], [], max(0.0, until - time.monotonic()))
-            commands = "\n".join(command.said() for command in self._commands)
+            commands = "\n".join(command.err.text for command in self._commands)
             assert readable, f"nobody told {words} within {patience} s; told: {self._heard}\n{commands}"
             *lines, self._unread = (self._unread + os.read(self._events, 1 << 16)).split(b"\n")
             self._heard += [line.decode().split(" ") for line in lines]
@@ -301,3 +333,21 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 def folder(tmp_path: Path) -> Path:
     """The small folder, to be trained or spoilt."""
     return write_folder(tmp_path / "small")
+
+
+# --- pilots: parties that join, each with a key file of its own
+
+
+def keyed(shell: Shell, folder: Path, *parties: str) -> Path:
+    """Make each party's key with ``splitsec keys new``, paste the line that it prints, and name the file."""
+    for party in parties:
+        made = shell.run("keys", "new", party, "--out", folder / "parties")
+        assert made.code == 0, made.stderr
+        key = made.stdout.split("{")[1].split("}")[0]
+        graph = (folder / "graph.yaml").read_text()
+        empty = f"  {party}: {{}}" in graph
+        change(folder / "graph.yaml", (f"  {party}: {{", f"  {party}: {{{key}{'' if empty else ', '}"))
+        file = folder / "parties" / f"{party}.yaml"
+        if file.exists():
+            file.write_text(f"{file.read_text()}key_file: {party}.key\n")
+    return folder

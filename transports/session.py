@@ -173,7 +173,7 @@ class Session:
             Kind, ChunkHeader
         ] = {}  # sealed frames without payload to send; a newer one replaces an older
         self._hello = b""
-        self._answer = b""
+        self._heard_clear: bytes | None = None  # the peer's handshake frame
         self._sealer: Sealer | None = None
         self._opener: Opener | None = None
         self._head = memoryview(bytearray(CHUNK_HEADER_SIZE))
@@ -224,13 +224,13 @@ class Session:
             return self._receive_hello(frame, now)
         if self._state is State.DIALLING:
             return self._receive_answer(frame, now)
-        if bytes(frame) == (self._hello if self._state is State.ANSWERED else self._answer):
+        if bytes(frame) == self._heard_clear:
             return []  # a path that repeats hellos may do it once too often
         raise PeerMisbehaved(f"a handshake frame to a session that is {self._state.value}")
 
     def _receive_hello(self, frame: memoryview, now: float) -> list[Event]:
         assert isinstance(self._handshake, Responder)
-        self._hello = bytes(frame)
+        self._heard_clear = bytes(frame)
         try:
             self.peer = self._handshake.receive(frame).remote_static
         except Refused as refused:
@@ -254,7 +254,7 @@ class Session:
         except Refused as refused:
             self._move(Act.REFUSED)
             return [Ended(refused, CloseCode.ERROR)]
-        self._answer = bytes(frame)
+        self._heard_clear = bytes(frame)
         self._take_keys(established, now)
         self._move(Act.ACCEPTED)
         self._control[Kind.READY] = ChunkHeader(Kind.READY, value=self._window)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from splitsec.cli.keys import add_passphrase_option, passphrase_for
 
 __all__ = ["add_parser", "run"]
 
@@ -44,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="predict",
         help="which samples to predict (default: predict)",
     )
+    add_passphrase_option(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             expected="this party's private key file",
             fix=f"run `splitsec keys new {name}`, then add `key_file: {name}.key`",
         )
-    private_key = read_key(party_file.key_path, passphrase=_passphrase())
+    private_key = read_key(party_file.key_path, passphrase=passphrase_for(party_file.key_path, arguments))
     own = graph.parties[name].key
     assert own is not None
     if public_of(private_key) != parse_public(own):
@@ -109,7 +111,3 @@ def run(arguments: argparse.Namespace) -> int:
         run_party(graph, party_file, private_key=private_key, job=job, report=lambda event: watch(name, event))
     print(f"{name}: done", file=sys.stderr)
     return 0
-
-
-def _passphrase() -> str | None:
-    return os.environ.get("SPLITSEC_PASSPHRASE")

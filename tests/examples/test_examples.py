@@ -6,11 +6,12 @@ Here: one short run of each folder, and the two numbers that README.md promises.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from splitsec.graph import load_graph
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+OneEpoch = Callable[[str], tuple[dict[str, Any], Path]]
 NAMES = ("extended-vanilla", "multi-hop", "multi-task", "u-shaped", "vanilla", "vertical")
 
 
@@ -52,6 +54,18 @@ def splitsec(*arguments: str | Path) -> dict[str, Any]:
     return document
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> OneEpoch:
+    """Simulate one epoch of an example, once for all tests: the document, and the folder of trained segments."""
+
+    @functools.cache
+    def run(name: str) -> tuple[dict[str, Any], Path]:
+        out = tmp_path_factory.mktemp(name)
+        return splitsec("simulate", EXAMPLES / name, "--epochs", "1", "--out", out), out
+
+    return run
+
+
 def accuracy_by_segment(document: dict[str, Any]) -> dict[str, float]:
     return {name: lists["eval_accuracy"][-1] for name, lists in document["metrics"]["by_segment"].items()}
 
@@ -61,15 +75,21 @@ def test_every_folder_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_epoch_equals_one_process_to_the_last_bit(name: str, tmp_path: Path) -> None:
-    document = splitsec("simulate", EXAMPLES / name, "--epochs", "1", "--out", tmp_path)
+def test_the_twin_trains_with_the_numbers_of_the_graph_file(name: str) -> None:
+    twin, training = one_process(name), load_graph(EXAMPLES / name / "graph.yaml").training
+    assert (training.epochs, training.batch_size, training.seed) == (twin.EPOCHS, twin.BATCH, twin.SEED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_epoch_equals_one_process_to_the_last_bit(name: str, one_epoch: OneEpoch) -> None:
+    document, out = one_epoch(name)
     twin = one_process(name)
     expected = twin.train(epochs=1)
 
     graph = load_graph(EXAMPLES / name / "graph.yaml")
     for segment, place in graph.segments.items():
         for party in graph.members(place.at):
-            trained = load_file(tmp_path / party / f"{segment}.safetensors")
+            trained = load_file(out / party / f"{segment}.safetensors")
             want = expected.get(f"{party}/{segment}", expected.get(segment))
             assert trained.keys() == want.keys()
             for tensor in want:
@@ -79,38 +99,53 @@ def test_one_epoch_equals_one_process_to_the_last_bit(name: str, tmp_path: Path)
     assert all(len(document["metrics"][kind]) == 1 for kind in ("train_loss", "eval_loss", "eval_accuracy"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_twin_trains_with_the_numbers_of_the_graph_file(name: str) -> None:
-    twin, training = one_process(name), load_graph(EXAMPLES / name / "graph.yaml").training
-    assert (training.epochs, training.batch_size, training.seed) == (twin.EPOCHS, twin.BATCH, twin.SEED)
-
-
-def test_the_u_shape_sends_no_labels_and_keeps_its_skip_inside() -> None:
-    document = splitsec("simulate", EXAMPLES / "u-shaped", "--epochs", "1")
+def test_the_u_shape_sends_no_labels_and_keeps_its_skip_inside(one_epoch: OneEpoch) -> None:
+    document, _ = one_epoch("u-shaped")
     crossed = {(cut["from"], cut["to"], cut["kind"]) for cut in document["cuts"]}
     assert {kind for _, _, kind in crossed} == {"activation", "gradient", "weights"}
     assert ("stem", "head", "activation") not in crossed
     assert {("stem", "trunk", "activation"), ("trunk", "head", "activation")} <= crossed
 
 
-def test_vanilla_reaches_94_percent_from_2500_images() -> None:
-    document = splitsec("simulate", EXAMPLES / "vanilla")
+def test_the_multi_hop_clinic_gives_its_labels_to_the_server_alone(one_epoch: OneEpoch) -> None:
+    document, _ = one_epoch("multi-hop")
+    labels = [(cut["sender"], cut["receiver"]) for cut in document["cuts"] if cut["kind"] == "labels"]
+    assert labels == [("clinic", "server")]
+
+
+def test_each_multi_task_server_gets_the_labels_of_its_own_question(one_epoch: OneEpoch) -> None:
+    document, _ = one_epoch("multi-task")
+    labels = {(cut["to"], cut["receiver"]) for cut in document["cuts"] if cut["kind"] == "labels"}
+    assert labels == {("digit", "digit-server"), ("parity", "parity-server")}
+
+
+def test_vanilla_reaches_94_percent_from_2500_images_and_so_does_one_process(tmp_path: Path) -> None:
+    document = splitsec("simulate", EXAMPLES / "vanilla", "--out", tmp_path)
     assert document["metrics"]["eval_accuracy"][-1] >= 0.94
 
+    compared = subprocess.run(
+        [sys.executable, EXAMPLES / "compare.py", EXAMPLES / "vanilla", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    shares = [line.split()[-1] for line in compared.stdout.splitlines()[1:3]]
+    assert shares == [f"{document['metrics']['eval_accuracy'][-1]:.2%}"] * 2
+    assert compared.stdout.splitlines()[-1] == "all 18 trained tensors are equal to the last bit"
 
-def test_vertical_reaches_95_percent_on_patients_held_out_within_60_s(tmp_path: Path) -> None:
+
+def test_vertical_reaches_95_percent_on_patients_held_out_and_predicts_them(tmp_path: Path) -> None:
     document = splitsec("simulate", EXAMPLES / "vertical", "--out", tmp_path / "trained")
-    assert document["metrics"]["eval_accuracy"][-1] >= 0.95
+    accuracy = document["metrics"]["eval_accuracy"][-1]
+    assert accuracy >= 0.95
     assert document["wall_seconds"] < 60
 
     predicted = splitsec("predict", EXAMPLES / "vertical", "--weights", tmp_path / "trained", "--out", tmp_path / "new")
     assert predicted["predicted"] == {"diagnosis": 169}
-    logits = load_file(tmp_path / "new" / "registry" / "predictions.safetensors")["diagnosis"]
+    logits = load_file(tmp_path / "new" / "registry" / "predictions.safetensors")["diagnosis"].flatten().tolist()
     ids = json.loads((tmp_path / "new" / "hospital" / "predicted_ids.json").read_text())
-    twin = one_process("vertical")
-    known = twin.data.test("registry")
-    truth = dict(zip(known["id"], known["y"].flatten().tolist(), strict=True))
-    right = sum(
-        (logit > 0) == (truth[patient] > 0.5) for patient, logit in zip(ids, logits.flatten().tolist(), strict=True)
-    )
-    assert right / len(ids) == pytest.approx(document["metrics"]["eval_accuracy"][-1])
+    known = one_process("vertical").data.test("registry")
+    malignant = dict(zip(known["id"], known["y"].flatten().tolist(), strict=True))
+    right = [(logit > 0) == (malignant[patient] > 0.5) for patient, logit in zip(ids, logits, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(accuracy)

@@ -76,7 +76,7 @@ def test_the_simulation_itself_is_ended(shell: Shell, folder: Path, number: sign
 
 
 def test_a_party_that_never_comes_up(shell: Shell, folder: Path) -> None:
-    """Its data function waits for ever: in the process of clinic-b alone, as one does that waits for a disk."""
+    """Its data function waits for ever: in the process of clinic-a alone, as one does that waits for a disk."""
     change(folder / "graph.yaml", ("connect: 30", "connect: 3"))
     (folder / "parties" / "stuck.py").write_text(
         "import os, signal, sys\n"
@@ -86,11 +86,11 @@ def test_a_party_that_never_comes_up(shell: Shell, folder: Path) -> None:
         "        signal.pause()\n"
         "    return samples(site, 24)\n"
     )
-    change(folder / "parties" / "clinic-b.yaml", ('"data:train"', '"stuck:train"'))
+    change(folder / "parties" / "clinic-a.yaml", ('"data:train"', '"stuck:train"'))
     end = shell.run("simulate", folder)
     assert shell.alive() == {}
     assert end.code == 4
-    assert "\nsplitsec: clinic-b: did not come up within 3 s" in f"\n{end.stderr}"
+    assert "\nsplitsec: clinic-a: did not come up within 3 s" in f"\n{end.stderr}"
     assert "data function" in end.stderr
     assert "Traceback" not in end.stderr
 
@@ -107,12 +107,12 @@ def test_data_that_never_come(shell: Shell, folder: Path) -> None:
         "    while True:\n"
         "        signal.pause()\n"
     )
-    change(folder / "parties" / "clinic-b.yaml", ('"data:train"', '"stuck:train"'))
+    change(folder / "parties" / "clinic-a.yaml", ('"data:train"', '"stuck:train"'))
     command = shell.start("simulate", folder)
-    shell.hear("stuck", "1")
+    shell.hear("stuck", "0")
     end = command.end(3 + SECONDS)
     assert end.code == 4
-    assert "\nsplitsec: clinic-b: did not come up within 3 s" in f"\n{end.stderr}"
+    assert "\nsplitsec: clinic-a: did not come up within 3 s" in f"\n{end.stderr}"
 
 
 def test_user_code_that_fails_in_a_step(shell: Shell, folder: Path) -> None:
@@ -196,7 +196,10 @@ def test_ten_parties_start(shell: Shell, tmp_path: Path, capsys: pytest.CaptureF
     graph = replaced(
         GRAPH,
         ("  clinic-a: {}\n  clinic-b: {}\n", "".join(f"  {name}: {{}}\n" for name in clinics)),
-        ("members: [clinic-a, clinic-b], schedule: round_robin", f"members: [{', '.join(clinics)}], schedule: parallel"),
+        (
+            "members: [clinic-a, clinic-b], schedule: round_robin",
+            f"members: [{', '.join(clinics)}], schedule: parallel",
+        ),
         ("connect: 30", "connect: 120"),
     )
     folder = write_folder(tmp_path / "ten", graph, clinics=clinics)

@@ -71,12 +71,12 @@ def test_no_lengthened_record_opens() -> None:
 def test_a_dropped_a_repeated_and_a_swapped_record_do_not_open() -> None:
     sealer = Sealer(KEY)
     first, second = seal(sealer, b"first"), seal(sealer, b"second")
-    for order in ([second], [first, first], [second, first]):
+    for order, opened in (([second], 0), ([first, first], 1), ([second, first], 0)):
         opener = Opener(KEY)
         with pytest.raises(PeerMisbehaved):
             for sealed in order:
                 open_(opener, sealed)
-        assert opener.counter == order.index(order[-1]) if order[0] is first else opener.counter == 0
+        assert opener.counter == opened
 
 
 def test_the_associated_bytes_and_the_key_count() -> None:
@@ -114,7 +114,7 @@ def test_a_failed_call_of_seal_uses_no_nonce_twice() -> None:
     with pytest.raises(LocalProtocolError, match="do not fit"):
         sealer.seal_into(b"hello", memoryview(bytearray(20)))
     assert sealer.counter == 0  # nothing was computed under it
-    with pytest.raises(BufferError):
+    with pytest.raises(TypeError):
         sealer.seal_into(b"hello", memoryview(bytes(21)))
     assert sealer.counter == 1  # something may have been
     assert seal(sealer, b"hello") == AESGCM(KEY).encrypt(bytes(11) + b"\1", b"hello", b"")

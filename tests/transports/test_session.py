@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
@@ -10,7 +10,7 @@ from splitsec.transports.errors import LocalProtocolError, Lost, PeerMisbehaved,
 from splitsec.transports.handshake import Initiator, Responder
 from splitsec.transports.limits import ANSWER_SECONDS, HELLO_RETRY_SECONDS
 from splitsec.transports.noise import public_key_of
-from splitsec.transports.session import TRANSITIONS, Ended, Opened, Session, State
+from splitsec.transports.session import TRANSITIONS, Ended, Frame, Lend, Opened, Session, State
 from splitsec.transports.testing import FakeClock, Wire, lend, session_pair
 from splitsec.transports.wire import ChunkHeader, CloseCode, Kind
 
@@ -36,27 +36,42 @@ class Inbox:
         self.grants.append(total)
 
 
+class End:
+    """A session with its inbox: what a wire can be put between."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.inbox = Inbox()
+
+    def receive(self, frame: memoryview, now: float) -> Sequence[object]:
+        return self.session.receive(frame, now, self.inbox)
+
+    def frames_to_send(self, lend: Lend) -> Iterable[Frame]:
+        return self.session.frames_to_send(lend)
+
+
+def wire_of(dialer: Session, listener: Session, clock: FakeClock) -> Wire:
+    return Wire(End(dialer), End(listener), clock)
+
+
 def opened(clock: FakeClock, lost_after: float = 20.0) -> Wire:
     """Two sessions that have met."""
-    wire = Wire(*session_pair(clock.now, lost_after=lost_after, window=WINDOW), clock)
-    while not ends(wire)[1].is_open:
-        for end in (0, 1):
-            wire.collect(end)
-            while wire.queues[end]:
-                wire.deliver(end)
-    frames = list(ends(wire)[1].frames_to_send(lend))  # GRANT
-    inbox = Inbox()
-    for frame in frames:
-        ends(wire)[0].receive(memoryview(frame), clock.now, inbox)
-    assert inbox.grants == [WINDOW]
+    wire = wire_of(*session_pair(clock.now, lost_after=lost_after, window=WINDOW), clock)
+    wire.run()
+    dialer, listener = wire.ends
+    assert isinstance(dialer, End)
+    assert isinstance(listener, End)
+    assert dialer.session.is_open
+    assert listener.session.is_open
+    assert dialer.inbox.grants == [WINDOW]
     return wire
 
 
 def ends(wire: Wire) -> tuple[Session, Session]:
     left, right = wire.ends
-    assert isinstance(left, Session)
-    assert isinstance(right, Session)
-    return left, right
+    assert isinstance(left, End)
+    assert isinstance(right, End)
+    return left.session, right.session
 
 
 def chunk(session: Session, payload: bytes) -> bytes:
@@ -182,18 +197,14 @@ def test_admit_is_asked_about_the_key_that_was_proved() -> None:
         Responder(B, bytes(32), {public_key_of(A)}), now=0, lost_after=20, admit=lambda peer: not asked.append(peer)
     )
     dialer = Session(Initiator(A, public_key_of(B), bytes(32)), now=0, lost_after=20)
-    Wire(dialer, listener, clock).run()
+    wire_of(dialer, listener, clock).run()
     assert asked == [public_key_of(A)]
 
 
 # Frames are damaged.
 
 
-def _flip(frame: bytes) -> Iterable[bytes]:
-    return [bytes([*frame[:50], frame[50] ^ 1, *frame[51:]])]
-
-
-DAMAGE = {
+DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]] | None] = {
     "flipped type": lambda frames: [bytes([frames[0][0] ^ 1]) + frames[0][1:]],
     "flipped header": lambda frames: [frames[0][:5] + bytes([frames[0][5] ^ 1]) + frames[0][6:]],
     "flipped payload": lambda frames: [frames[0][:50] + bytes([frames[0][50] ^ 1]) + frames[0][51:]],
@@ -398,18 +409,15 @@ def test_nothing_is_sent_after_goodbye() -> None:
 
 def test_a_dialer_that_leaves_at_once_still_confirms_its_keys_first() -> None:
     clock = FakeClock()
-    dialer, listener = session_pair(clock.now)
-    wire = Wire(dialer, listener, clock)
+    dialer, listener = session_pair(clock.now, window=WINDOW)
+    wire = wire_of(dialer, listener, clock)
     wire.collect(0)
     wire.deliver(0)
     wire.collect(1)
     wire.deliver(1)
     dialer.close(CloseCode.NORMAL)
     wire.run()
-    assert wire.events[1] == [
-        Opened(public_key_of(bytes([1, 1]) * 16), wire.events[1][0].grant),
-        Ended(None, CloseCode.NORMAL),
-    ]  # type: ignore[attr-defined]
+    assert wire.events[1] == [Opened(public_key_of(bytes([1, 1]) * 16), WINDOW), Ended(None, CloseCode.NORMAL)]
 
 
 def test_the_table_leads_everywhere_and_from_the_end_nowhere() -> None:

@@ -1,4 +1,5 @@
-"""An optimizer that torch does not have, with every kind of state: a whole number, a number, and tensors."""
+"""An optimizer that torch does not have, with every kind of state: whole numbers, numbers, double-precision tensors,
+and a setting that it changes itself."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Careful(torch.optim.Optimizer):
-    """Momentum in double precision; the rate falls with the steps taken, and no step is longer than the longest yet."""
+    """Momentum in double precision; rate and length of steps fall with the steps taken."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "decay": decay})
@@ -18,6 +19,7 @@ class Careful(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            group["lr"] *= 0.99
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue

@@ -1,0 +1,175 @@
+"""Parties that join one by one, as in a pilot: each a process of its own, with its own key file.
+
+Two that fit train to the same weights as a simulation.  One that does not is refused with the reason, at its own end
+and in the log of the party that refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from splitsec.contract import digest
+from splitsec.errors import PeerRefusedUs
+from splitsec.graph import load_graph
+from splitsec.identity import new_key, read_key
+from splitsec.party import run_party
+from splitsec.partyfile import load_party
+from tests.conftest import Command, Shell, change, free_port, keyed, replaced, write_folder
+
+PAIR = """\
+splitsec: 1
+name: pair
+parties:
+  clinic: {}
+  server: {listen: "tcp://127.0.0.1:PORT"}
+segments:
+  stem: {at: clinic, data: x}
+  trunk: {at: server, loss: cross_entropy}
+cuts:
+  - {from: stem, to: trunk, shape: [8], dtype: float32}
+labels:
+  - {from: clinic, to: trunk}
+training: {epochs: 3, batch_size: 7, seed: 11}
+timeouts: {connect: 60, lost: 5}
+"""
+
+REFUSED = "handshake refused by the peer"
+
+SECONDS = 15.0
+"""Within which a refusal reaches the one who is refused; it takes a fraction of one on an idle machine."""
+
+
+@pytest.fixture
+def pair(shell: Shell, tmp_path: Path) -> Path:
+    """A folder with keys: the clinic dials, the server listens on loopback."""
+    graph = PAIR.replace("PORT", str(free_port()))
+    return keyed(shell, write_folder(tmp_path / "pair", graph, clinics=["clinic"]), "clinic", "server")
+
+
+def join(shell: Shell, folder: Path, party: str, *more: str | Path, graph: Path | None = None) -> Command:
+    return shell.start("join", "--graph", graph or folder / "graph.yaml", "--party", party, *more)
+
+
+def test_what_was_simulated_is_what_is_piloted(shell: Shell, pair: Path) -> None:
+    """Two parties join, with real keys; their weights are those of a simulation of the same folder, to the last bit."""
+    out = pair.parent / "joined"
+    server = join(shell, pair, "server", "--out", out)
+    clinic = join(shell, pair, str(pair / "parties" / "clinic.yaml"), "--out", out)
+    for name, command in (("clinic", clinic), ("server", server)):
+        end = command.end()
+        assert end.code == 0, end.stderr
+        assert end.stdout == ""
+        assert end.stderr.endswith(f"\n{name}: done\n")
+    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
+    assert simulated.code == 0, simulated.stderr
+    files = sorted(file.relative_to(out) for file in out.rglob("*.*"))
+    assert files == [Path("clinic/stem.safetensors"), Path("server/trunk.safetensors")]
+    for file in files:
+        joined, expected = load_file(out / file), load_file(pair.parent / "simulated" / file)
+        assert joined.keys() == expected.keys() and len(joined) == 2
+        assert all(torch.equal(joined[name], expected[name]) for name in joined)
+
+
+def test_a_graph_that_differs_by_one_character(shell: Shell, pair: Path) -> None:
+    other = pair / "other.yaml"
+    other.write_text(replaced((pair / "graph.yaml").read_text(), ("seed: 11", "seed: 12")))
+    server = join(shell, pair, "server", "--out", pair.parent / "out")
+    clinic = join(shell, pair, "clinic", "--out", pair.parent / "out", graph=other)
+    end = clinic.end()
+    assert end.code == 4
+    ours, theirs = (digest(load_graph(file))[:8].hex() for file in (other, pair / "graph.yaml"))
+    assert f"splitsec: server: no session: {REFUSED}: the graphs differ: ours {ours}, theirs {theirs}\n" in end.stderr
+    assert "expected: the same graph file, to the character, at every party" in end.stderr
+    line = server.err.line_with("turned somebody down")
+    assert line.endswith(f"handshake refused by us: the graphs differ: ours {theirs}, theirs {ours}")
+    server.close()
+    assert not (pair.parent / "out").exists()
+
+
+def test_a_party_with_another_key_at_that_address(shell: Shell, tmp_path: Path) -> None:
+    """The same graph on both sides, but the registry listens where the server should be, and cannot say it is it."""
+    graph = replaced(
+        PAIR.replace("PORT", str(free_port())),
+        ("segments:", f'  registry: {{listen: "tcp://127.0.0.1:{free_port()}"}}\nsegments:'),
+        ("{from: clinic, to: trunk}", "{from: registry, to: trunk}"),
+    )
+    folder = keyed(shell, write_folder(tmp_path / "three", graph, clinics=["clinic"]), "clinic", "server", "registry")
+    address = load_graph(folder / "graph.yaml").parties["server"].listen
+    (folder / "parties" / "registry.yaml").write_text(
+        f'party: registry\nkey_file: registry.key\nlisten: "{address}"\n'
+        'data: {train: "data:train", args: {site: 0}}\n'
+    )
+    change(folder / "parties" / "clinic.yaml", (', test: "data:test"', ""))
+    registry = join(shell, folder, "registry")
+    clinic = join(shell, folder, "clinic")
+    end = clinic.end()
+    assert end.code == 4
+    assert f"splitsec: server: no session: {REFUSED}: the key that we expect there is not the key that it" in end.stderr
+    assert "expected: the party at that address to hold the key that the graph file gives it" in end.stderr
+    line = registry.err.line_with("turned somebody down")
+    assert "handshake refused by us: the hello was meant for another key than ours" in line
+    registry.close()
+
+
+def test_a_key_that_the_graph_does_not_name(shell: Shell, pair: Path) -> None:
+    """``join`` itself refuses to start with such a key (tests/transcripts), so here is who leaves that check out."""
+    server = join(shell, pair, "server", "--out", pair.parent / "out")
+    graph, party = load_graph(pair / "graph.yaml"), load_party(pair / "parties" / "clinic.yaml")
+    new_key(pair / "stranger.key")
+    with pytest.raises(PeerRefusedUs) as refused:
+        run_party(graph, party, private_key=read_key(pair / "stranger.key"))
+    assert refused.value.exit_code == 4
+    assert str(refused.value).startswith(
+        f"server: no session: {REFUSED}: its graph does not name our key\n"
+        "  expected: our key to stand in the peer's graph file\n"
+    )
+    line = server.err.line_with("turned somebody down")
+    assert line.endswith("handshake refused by us: our graph does not name its key")
+    server.close()
+    assert not (pair.parent / "out").exists()
+
+
+def test_the_other_party_never_joins(shell: Shell, pair: Path) -> None:
+    change(pair / "graph.yaml", ("connect: 60", "connect: 2"))
+    end = join(shell, pair, "server").end()
+    assert end.code == 4
+    assert re.search(r"^splitsec: clinic: did not come up.* within 2 s$", end.stderr, re.MULTILINE)
+
+
+def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, pair: Path) -> None:
+    """The other one says which party was lost, and keeps nothing."""
+    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"))
+    out = pair.parent / "out"
+    server = join(shell, pair, "server", "--out", out)
+    clinic = join(shell, pair, "clinic", "--out", out)
+    shell.hear("step", "clinic", "3")
+    os.kill(clinic.pid, signal.SIGKILL)
+    end = server.end()
+    assert end.code == 4
+    assert end.seconds < SECONDS
+    assert re.search(r"\nsplitsec: clinic: was lost: ", end.stderr)
+    assert not out.exists()
+
+
+def test_ctrl_c_at_one_party(shell: Shell, pair: Path) -> None:
+    """It ends with 130; the other one says who left."""
+    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"))
+    server = join(shell, pair, "server")
+    clinic = join(shell, pair, "clinic")
+    shell.hear("step", "clinic", "3")
+    os.kill(clinic.pid, signal.SIGINT)
+    end = clinic.end()
+    assert end.code == 130
+    assert end.seconds < SECONDS
+    assert "Traceback" not in end.stderr
+    end = server.end()
+    assert end.code == 4
+    assert end.seconds < SECONDS
+    assert "\nsplitsec: clinic: was stopped by its operator\n" in end.stderr

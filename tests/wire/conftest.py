@@ -1,0 +1,167 @@
+"""Somebody on the wire: a relay between a party that dials and one that listens, in plain sockets and threads.
+
+Here: ``Tap``, which passes bytes on and remembers them, and ``Attacker``, which knows enough of ZeroMQ's framing (ZMTP
+3.1, https://rfc.zeromq.org/spec/37/) to meddle with single frames and leave the stream in one piece.  Nothing here
+uses code of ours.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Final, Literal
+
+import pytest
+
+__all__ = ["Attack", "Attacker", "Direction", "Tap"]
+
+Direction = Literal["to the listener", "to the dialer"]
+Pass = Callable[[bytes], None]
+
+RECORDED_MOST: Final = 64 << 20
+"""Bytes remembered per connection and direction; a test that sends more is broken."""
+
+GREETING: Final = 64  # bytes, fixed (section 3.1 of the RFC)
+MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame (section 3.2)
+
+
+class Tap:
+    """Listens on loopback; connects each caller with ``target`` and passes everything on, both ways."""
+
+    def __init__(self, target: int) -> None:
+        """``target``: the port on loopback that calls are passed on to."""
+        self.recorded: list[tuple[Direction, bytearray]] = []
+        """Direction and all bytes of each connection, both ways, in the order of calls."""
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._follow(self._accept)
+
+    def _follow(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, name="wire", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                caller, _ = self._listener.accept()
+                try:
+                    called = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+                    called.settimeout(None)
+                except OSError:  # nobody listens yet; ZeroMQ will call again
+                    caller.close()
+                    continue
+                for end in (caller, called):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._sockets += [caller, called]
+                self._follow(self._carry, "to the listener", caller, called)
+                self._follow(self._carry, "to the dialer", called, caller)
+
+    def _carry(self, direction: Direction, source: socket.socket, target: socket.socket) -> None:
+        taken = bytearray()
+        self.recorded.append((direction, taken))
+        through = self.path(direction, target.sendall, source.sendall)
+        with suppress(OSError):
+            while (data := source.recv(1 << 16)) and len(taken) < RECORDED_MOST:
+                taken += data
+                through(data)
+        for end in (source, target):  # as a broken cable: both ends notice
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def path(self, direction: Direction, onwards: Pass, back: Pass) -> Pass:
+        """What to do with bytes that go in ``direction``.  ``back`` sends bytes to whoever sent them."""
+        return onwards
+
+    def close(self) -> None:
+        """Cut every connection and wait for the threads."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+class Frame(bytes):
+    """Body of one ZMTP message frame."""
+
+    def packed(self, flags: int = 0) -> bytes:
+        """Its bytes on the wire."""
+        size = len(self)
+        head = bytes([flags, size]) if size < 256 else bytes([flags | LONG]) + size.to_bytes(8, "big")
+        return head + self
+
+
+Attack = Callable[[Frame, list[Frame], Pass, Pass], bool]
+"""Given the frame at its place, all frames before it, and the ways on and back: does what it likes.  False: it wants the
+next frame, too (which it finds behind all the others).
+"""
+
+
+class Attacker(Tap):
+    """A tap that lets every frame pass but one: number ``place`` in ``direction``, counted from the hello, which is 0."""
+
+    def __init__(self, target: int, attack: Attack, direction: Direction, place: int) -> None:
+        super().__init__(target)
+        self.struck = threading.Event()
+        """The attack has been carried out."""
+        self._attack = attack
+        self._where = direction, place
+
+    def path(self, direction: Direction, onwards: Pass, back: Pass) -> Pass:
+        if direction != self._where[0]:
+            return onwards
+        unread = bytearray()
+        frames: list[Frame] = []
+        greeted = False
+
+        def through(data: bytes) -> None:
+            nonlocal greeted
+            unread.extend(data)
+            if not greeted and len(unread) >= GREETING:
+                greeted = True
+                onwards(bytes(unread[:GREETING]))
+                del unread[:GREETING]
+            while greeted and (size := _whole(unread)):
+                flags, raw = unread[0], bytes(unread[:size])
+                del unread[:size]
+                if flags & COMMAND:
+                    onwards(raw)
+                    continue
+                frame = Frame(raw[9 if flags & LONG else 2 :])
+                if len(frames) < self._where[1] or self.struck.is_set():
+                    onwards(raw)
+                elif self._attack(frame, frames, onwards, back):
+                    self.struck.set()
+                frames.append(frame)
+
+        return through
+
+
+def _whole(unread: bytearray) -> int:
+    """Bytes of the first frame in ``unread``, 0 where it is not all there yet."""
+    long = bool(unread) and bool(unread[0] & LONG)
+    head = 9 if long else 2
+    if len(unread) < head:
+        return 0
+    size = head + int.from_bytes(unread[1:head], "big")
+    return size if len(unread) >= size else 0
+
+
+@pytest.fixture
+def taps() -> Iterator[list[Tap]]:
+    """Put taps in here; they are closed in the end."""
+    opened: list[Tap] = []
+    yield opened
+    for tap in opened:
+        tap.close()
