@@ -46,6 +46,7 @@ from splitsec.transports.limits import (
     HANDSHAKES_BURST,
     HANDSHAKES_PER_SECOND,
     KEY_SIZE,
+    LINK_WINDOW,
     LOGS_BURST,
     LOGS_PER_SECOND,
     OUTBOX_BYTES,
@@ -262,9 +263,11 @@ class IOThread:
         """Send what is queued, say goodbye with the code ``reason``, and end the thread; takes about ``linger`` seconds
         at most.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._room:
+            if self._closed:
+                return
+            self._closed = True
+            self._room.notify_all()  # whoever waits in ``send`` is told
         if self._thread.ident is not None:
             self._command(_Close(CloseCode(reason), linger))
             self._thread.join()
@@ -391,7 +394,7 @@ class _Line:
 class _State:
     """What the driver knows about one peer."""
 
-    __slots__ = ("channel", "ended", "line", "peer", "port", "redial_at", "relays", "waiting")
+    __slots__ = ("channel", "ended", "last_try", "line", "peer", "port", "redial_at", "relays", "waiting")
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -399,6 +402,7 @@ class _State:
         self.channel: Channel | None = None  # open
         self.port: base.Port | None = None  # that we dial with
         self.redial_at = _FOREVER
+        self.last_try = ""  # how it ended, for the error message
         self.ended = False
         self.waiting: deque[Outgoing] = deque()  # messages from before the channel was open
         self.relays: dict[bytes, _Passage] = {}  # frames that we pass on to this peer, by whom they come from
@@ -565,7 +569,9 @@ class _Driver:
                 continue
             if now >= self._connect_by:
                 self._give_up(
-                    state, Lost(f"the peer did not come up within {self._connect_timeout:g} s"), CloseCode.LOST
+                    state,
+                    Lost(f"the peer did not come up within {self._connect_timeout:g} s{state.last_try}"),
+                    CloseCode.LOST,
                 )
             elif now >= state.redial_at:
                 state.redial_at = _FOREVER
@@ -672,17 +678,17 @@ class _Driver:
     ) -> None:
         """Begin a handshake with a peer whom we dial."""
         handshake = Initiator(self._private_key, state.peer.key, self._digest)
-        session = Session(handshake, now=self._now, lost_after=self._lost_after, hello_again=through is not None)
-        line = self._add_line(self._channel(session, state), connection, port, through)
+        session = Session(handshake, now=self._now, lost_after=self._lost_after, window=_window(through))
+        line = self._add_line(self._channel(session, state, through), connection, port, through)
         line.known = state
         state.line = line
 
-    def _channel(self, session: Session, state: _State, grant: int = 0) -> Channel:
+    def _channel(self, session: Session, state: _State, through: _State | None, grant: int = 0) -> Channel:
         key = state.peer.key
         forwards = any(key in pair for pair in self._forwards) or any(
             other.peer.via == key for other in self._states.values()
         )
-        return Channel(session, state.peer.lanes, forwards=forwards, grant=grant)
+        return Channel(session, state.peer.lanes, forwards=forwards, grant=grant, window=_window(through))
 
     def _add_line(
         self, machine: Session | Channel, connection: Hashable, port: base.Port | None, through: _State | None
@@ -743,18 +749,19 @@ class _Driver:
             Responder(self._private_key, self._digest, known),
             now=self._now,
             lost_after=self._lost_after,
+            window=_window(through),
             admit=lambda peer: self._states[peer].channel is None and not self._states[peer].ended,
         )
         self._arrived(self._add_line(session, connection, port, through), frame)
 
     def _arrived(self, line: _Line, frame: memoryview) -> None:
+        if line.forget_at != _FOREVER:
+            return  # it is over; only its goodbye has to leave
         try:
             events = line.machine.receive(frame, self._now)
         except PeerMisbehaved as misbehaved:
             self._over(line, misbehaved, CloseCode.MISBEHAVED)
             return
-        except LocalProtocolError:
-            return  # it failed before, and its goodbye is on the way
         for event in events:
             match event:
                 case Message(lane, header, body) if line.known is not None:
@@ -773,7 +780,7 @@ class _Driver:
                 line.machine.close(CloseCode.ERROR)
                 self._over(line, Lost("there is a channel already"), CloseCode.ERROR)
                 return
-            line.machine = self._channel(line.machine, state, grant)
+            line.machine = self._channel(line.machine, state, line.through, grant)
         line.known = state
         state.line = line
         state.channel = line.machine
@@ -835,6 +842,7 @@ class _Driver:
         busy = isinstance(error, Refused) and error.reason is RefusalReason.BUSY
         if state.channel is None and (busy or isinstance(error, Lost)):
             state.redial_at = self._now + BUSY_RETRY_SECONDS
+            state.last_try = f"; the last try ended so: {error}"
         else:
             self._give_up(state, error, code)
 
@@ -867,6 +875,11 @@ class _Driver:
         """One line for the operator, unless strangers have caused too many."""
         if self._logs.take(self._now):
             _log.warning("%s", message)
+
+
+def _window(through: _State | None) -> int:
+    """Bytes that a peer may send beyond what was taken: fewer where somebody in the middle has to hold them."""
+    return LINK_WINDOW if through is None else WINDOW
 
 
 def _has_work(state: _State) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "HELLO_RETRY_SECONDS",
     "KEY_SIZE",
     "LANES_MAX",
+    "LINK_WINDOW",
     "LOGS_BURST",
     "LOGS_PER_SECOND",
     "OUTBOX_BYTES",
@@ -83,6 +84,9 @@ GATHER_MAX: Final = (256 << 10) + 4096
 """Bytes up to which pieces of a message are copied together into one chunk.  A copy of 256 KiB costs about what one
 more frame costs (15 us), and a tensor of 256 KiB with its header then travels in one frame."""
 
+LINK_WINDOW: Final = 64 << 20
+"""As WINDOW, where nobody stands between: room for the next micro-batches while one is computed."""
+
 WINDOW: Final = 16 << 20
 """Bytes that a peer may send beyond what was taken from us.  16 MiB keeps 1 Gbit/s busy over a round trip of 130 ms,
 and bounds what a forwarding peer must hold for a pair."""
@@ -110,7 +114,8 @@ BURST_FRAMES: Final = 32
 """Frames taken from one port before the others have their turn."""
 
 HELLO_RETRY_SECONDS: Final = 0.25
-"""Seconds between two copies of a hello that nobody answered on a path that may drop it (a forwarded one)."""
+"""Seconds between two copies of a hello that nobody answered: a peer in the middle drops it while the far end is not
+there, and a busy listener ignores it."""
 
 BUSY_RETRY_SECONDS: Final = 0.5
 """Seconds before a dialer tries again after the answer "busy" or a dropped connection."""

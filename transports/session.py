@@ -149,14 +149,12 @@ class Session:
         now: float,
         lost_after: float,
         answer_within: float = ANSWER_SECONDS,
-        hello_again: bool = False,
         window: int = WINDOW,
         admit: Callable[[bytes], bool] = lambda peer: True,
     ) -> None:
         """``handshake``: a fresh machine; an Initiator makes this the dialer's side.
 
-        ``now``, ``lost_after``, ``answer_within``: seconds.  ``hello_again``: the path may drop the hello before
-        anybody is there, so repeat it until it is answered.  ``window``: bytes of CHUNK payload that we take at first.
+        ``now``, ``lost_after``, ``answer_within``: seconds.  ``window``: bytes of CHUNK payload that we take at first.
         ``admit(peer)``: whether a listener has room for a session with this peer now; if not, it is refused as BUSY.
         """
         self._handshake = handshake
@@ -166,7 +164,7 @@ class Session:
         self._answer_by = now + answer_within
         self._heard = now  # when something authentic came last
         self._ping_at = now + lost_after / 4
-        self._again_at = now + HELLO_RETRY_SECONDS if hello_again else None
+        self._again_at = now + HELLO_RETRY_SECONDS if isinstance(handshake, Initiator) else None
         self._window = window
         self._clear: deque[bytes] = deque()  # handshake frames to send
         self._control: dict[
@@ -265,7 +263,6 @@ class Session:
         self.handshake_hash = established.handshake_hash
         self._sealer = Sealer(established.send_key)
         self._opener = Opener(established.receive_key)
-        self._again_at = None
         self._hear(now)
 
     def _hear(self, now: float) -> None:
@@ -410,10 +407,5 @@ class Session:
         open_before = self._state is State.OPEN
         self._move(act)
         self._clear.clear()
-        self._again_at = None
-        ready = self._control.get(Kind.READY)
-        self._control.clear()
         if open_before:
-            if ready is not None:
-                self._control[Kind.READY] = ready
             self._control[Kind.CLOSE] = ChunkHeader(Kind.CLOSE, number=code)

@@ -149,7 +149,7 @@ class _DialingPort(_ZeroMQPort):
         if self._broken:
             return True
         if not self._connected:
-            return False  # or ZeroMQ would queue it.  (Its IMMEDIATE would not, but drops what came in when a connection ends.)
+            return False  # ZeroMQ would queue it; with IMMEDIATE it would not, but that loses what came in at the end
         try:
             self._socket.send(frame, zmq.DONTWAIT)
         except zmq.Again:

@@ -130,7 +130,7 @@ class Plain(nn.Module):
                         share = len(chosen) / rows
                         total = sum(loss * (self.losses[name].weight * share) for name, loss in losses.items())
                         assert isinstance(total, Tensor)
-                        total.backward()
+                        total.backward()  # type: ignore[no-untyped-call]
                         mean.add(losses, len(chosen))
                     optimizer.step()
                     optimizer.zero_grad()
@@ -147,7 +147,7 @@ class Plain(nn.Module):
         self, orders: list[Tensor], members: tuple[int, ...], *, drop_last: bool
     ) -> Iterator[list[tuple[int, Tensor]]]:
         """The micro-batches of each step: whose samples, and which."""
-        batches = {k: [rows for rows in orders[k].split(self.batch) if len(rows)] for k in members}
+        batches = {k: [rows for rows in torch.split(orders[k], self.batch) if len(rows)] for k in members}
         if drop_last:
             batches = {k: [rows for rows in found if len(rows) == self.batch] for k, found in batches.items()}
         for place in range(max(map(len, batches.values()))):
@@ -254,20 +254,20 @@ class UShaped(Plain):
 
 
 class Vertical(Plain):
-    """The registry leads: it stands first among those who hold samples or labels."""
+    """The clinic leads: of those whose samples a segment reads it stands first.  The registry has only labels."""
 
     folder = "vertical"
     batch = 32
     seed = 3
     places: ClassVar = {"shapes": ("clinic/shapes",), "textures": ("laboratory/textures",), "trunk": ("server/trunk",)}
-    losses: ClassVar = {"trunk": Loss(functional.binary_cross_entropy_with_logits, "malignant")}
+    losses: ClassVar = {"trunk": Loss(functional.binary_cross_entropy_with_logits, "registry.malignant")}
 
     def samples(self, split: str) -> list[Fields]:
         draw = getattr(self.data, split)
-        return [joined(draw("registry"), clinic=draw("clinic"), laboratory=draw("laboratory"))]
+        return [joined(draw("clinic"), laboratory=draw("laboratory"), registry=draw("registry"))]
 
     def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
-        shapes, textures = self.parts["shapes"](fields["clinic.x"]), self.parts["textures"](fields["laboratory.x"])
+        shapes, textures = self.parts["shapes"](fields["x"]), self.parts["textures"](fields["laboratory.x"])
         return {"trunk": self.parts["trunk"](torch.cat([textures, shapes], 1))}
 
 
@@ -463,6 +463,19 @@ class Precision(Plain):
         return {"trunk": self.parts["trunk"](made["fine"], self.parts["middle"](made["coarse"]))}
 
 
+class Layout(Plain):
+    """Activations and gradients that do not lie in memory row by row, which decides how kernels add them up."""
+
+    folder = "layout"
+    batch = 16
+    seed = 53
+    places: ClassVar = {"stem": ("clinic/stem",), "middle": ("hospital/middle",), "trunk": ("server/trunk",)}
+    losses: ClassVar = {"trunk": Loss(functional.cross_entropy, "y")}
+
+    def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
+        return {"trunk": self.parts["trunk"](self.parts["middle"](self.parts["stem"](fields["x"])))}
+
+
 class Custom(Plain):
     """A loss and an optimizer of the parties' own."""
 
@@ -514,6 +527,7 @@ NETWORKS = (
     Parallel,
     FanOut,
     Precision,
+    Layout,
 )
 
 

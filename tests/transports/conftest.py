@@ -36,7 +36,7 @@ class Party:
 
 @pytest.fixture
 def party() -> Iterator[Callable[..., Party]]:
-    """``party(number)`` makes keys; ``party.start(peers=...)`` starts a thread on them.  No thread outlives the test."""
+    """``party(number)`` makes keys; ``party.start(peers=...)`` starts a thread on them.  None outlives the test."""
     before = set(threading.enumerate())
     started: list[IOThread] = []
 

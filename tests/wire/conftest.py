@@ -11,11 +11,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import pytest
 
-__all__ = ["Attack", "Attacker", "Direction", "Tap"]
+__all__ = ["Attack", "Attacker", "Direction", "Frame", "Strike", "Tap"]
 
 Direction = Literal["to the listener", "to the dialer"]
 Pass = Callable[[bytes], None]
@@ -102,14 +103,22 @@ class Frame(bytes):
         return head + self
 
 
-Attack = Callable[[Frame, list[Frame], Pass, Pass], bool]
-"""Given the frame at its place, all frames before it, and the ways on and back: does what it likes.  False: it wants the
-next frame, too (which it finds behind all the others).
-"""
+@dataclass(frozen=True)
+class Strike:
+    """What an attack has at hand: ways ``onwards`` and ``back``, all frames ``before``, and those it ``held`` back."""
+
+    before: list[Frame]
+    onwards: Pass
+    back: Pass
+    held: list[Frame] = field(default_factory=list)
+
+
+Attack = Callable[[Frame, Strike], bool]
+"""Given the frame at its place: does with it what it likes.  False: it wants the next one, too."""
 
 
 class Attacker(Tap):
-    """A tap that lets every frame pass but one: number ``place`` in ``direction``, counted from the hello, which is 0."""
+    """Lets every frame pass but one: number ``place`` in ``direction``; 0 is the hello, or the answer to it."""
 
     def __init__(self, target: int, attack: Attack, direction: Direction, place: int) -> None:
         super().__init__(target)
@@ -123,16 +132,15 @@ class Attacker(Tap):
             return onwards
         unread = bytearray()
         frames: list[Frame] = []
-        greeted = False
+        strike = Strike(frames, onwards, back)
+        greeting = GREETING  # bytes of it that have not passed; each side sends it in parts, and waits between them
 
         def through(data: bytes) -> None:
-            nonlocal greeted
-            unread.extend(data)
-            if not greeted and len(unread) >= GREETING:
-                greeted = True
-                onwards(bytes(unread[:GREETING]))
-                del unread[:GREETING]
-            while greeted and (size := _whole(unread)):
+            nonlocal greeting
+            onwards(data[:greeting])
+            unread.extend(data[greeting:])
+            greeting = max(0, greeting - len(data))
+            while size := _whole(unread):
                 flags, raw = unread[0], bytes(unread[:size])
                 del unread[:size]
                 if flags & COMMAND:
@@ -141,11 +149,20 @@ class Attacker(Tap):
                 frame = Frame(raw[9 if flags & LONG else 2 :])
                 if len(frames) < self._where[1] or self.struck.is_set():
                     onwards(raw)
-                elif self._attack(frame, frames, onwards, back):
-                    self.struck.set()
+                else:
+                    self._strike(frame, strike)
                 frames.append(frame)
 
         return through
+
+    def _strike(self, frame: Frame, strike: Strike) -> None:
+        try:
+            if not self._attack(frame, strike):
+                return
+        except OSError:  # an attack may end the connection
+            self.struck.set()
+            raise
+        self.struck.set()
 
 
 def _whole(unread: bytearray) -> int:
