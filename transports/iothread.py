@@ -54,7 +54,7 @@ from splitsec.transports.limits import (
     STRANGERS_MAX,
     WINDOW,
 )
-from splitsec.transports.session import Ended, Frame, Lend, Session
+from splitsec.transports.session import Ended, Frame, Lend, Session, State
 from splitsec.transports.session import Opened as SessionOpened
 from splitsec.transports.wire import CloseCode, pack_forward_prefix
 
@@ -558,12 +558,12 @@ class _Driver:
     def _tick(self) -> None:
         """Do what is due, and find out when something is due next."""
         now = self._now
-        for path, line in list(self._lines.items()):
+        for line in list(self._lines.values()):
             for event in line.machine.tick(now):
                 assert isinstance(event, Ended)
                 self._over(line, event.error, event.code)
             if now >= line.forget_at:
-                self._lines.pop(path, None)
+                self._forget(line)
         for state in self._states.values():
             if state.ended or state.channel is not None:
                 continue
@@ -606,7 +606,7 @@ class _Driver:
                 return busy
             line.pending = None
             busy = True
-        if line.forget_at != _FOREVER:
+        if line.forget_at != _FOREVER and line.session.state is State.CLOSED:
             self._forget(line)
         return busy
 
@@ -628,8 +628,9 @@ class _Driver:
         open_states = [state for state in self._states.values() if state.channel is not None]
         if not late and any(_has_work(state) for state in self._states.values()):
             return False
-        if not late and any(line.through is not None and line.forget_at != _FOREVER for line in self._lines.values()):
-            return False  # a goodbye that still has to go through somebody else's channel
+        closing = [line for line in self._lines.values() if line.session.state is State.CLOSING]
+        if not late and any(line.through is not None for line in closing):
+            return False  # a goodbye that still has to go, and be answered, through somebody else's channel
         forwarded = [state for state in open_states if state.peer.via is not None]
         for state in forwarded or open_states:
             assert state.channel is not None
@@ -641,7 +642,7 @@ class _Driver:
         if open_states:
             self._pump_all()
             return False
-        return late or not any(line.forget_at != _FOREVER for line in self._lines.values())
+        return late or not closing
 
     # --- paths --------------------------------------------------------------------------------------------------------
 
@@ -710,7 +711,7 @@ class _Driver:
         prefix = pack_forward_prefix(*line.connection)
         frame = self._next_frame(line, lambda size: line.lend(FORWARD_PREFIX + size)[FORWARD_PREFIX:])
         if frame is None:
-            if line.forget_at != _FOREVER:
+            if line.forget_at != _FOREVER and line.session.state is State.CLOSED:
                 self._forget(line)
             return None
         if isinstance(frame, bytes):
@@ -744,6 +745,7 @@ class _Driver:
             return
         strangers = [line for line in self._lines.values() if line.known is None and line.forget_at == _FOREVER]
         if len(strangers) >= STRANGERS_MAX:  # all of them replays, or the oldest would be done by now
+            strangers[0].machine.close(CloseCode.ERROR)
             self._over(strangers[0], Lost("another handshake took its place"), CloseCode.LOST)
         session = Session(
             Responder(self._private_key, self._digest, known),
@@ -755,13 +757,13 @@ class _Driver:
         self._arrived(self._add_line(session, connection, port, through), frame)
 
     def _arrived(self, line: _Line, frame: memoryview) -> None:
-        if line.forget_at != _FOREVER:
-            return  # it is over; only its goodbye has to leave
         try:
             events = line.machine.receive(frame, self._now)
         except PeerMisbehaved as misbehaved:
             self._over(line, misbehaved, CloseCode.MISBEHAVED)
             return
+        except LocalProtocolError:
+            return  # it failed before, and only its goodbye has to leave
         for event in events:
             match event:
                 case Message(lane, header, body) if line.known is not None:
@@ -870,6 +872,8 @@ class _Driver:
                 self._over(other.line, lost, CloseCode.LOST)
             if not other.ended:
                 self._give_up(other, lost, CloseCode.LOST)
+        for path in [path for path, line in self._lines.items() if line.through is state]:
+            del self._lines[path]
 
     def _log_stranger(self, message: str) -> None:
         """One line for the operator, unless strangers have caused too many."""

@@ -5,8 +5,8 @@ Here: the state of one connection, its timers, and its control frames.  Not here
 sockets, clocks, threads, randomness (``iothread``).  A session does not know what carries its frames: a socket, or
 another peer who forwards them.
 
-    machine      LISTENING --hello--> ANSWERED --READY--> OPEN --CLOSE--> CLOSED;   anything wrong: FAILED
-                 DIALLING --accept--------------------> OPEN
+    LISTENING --hello--> ANSWERED --READY--> OPEN --their CLOSE, and ours in reply----> CLOSED
+    DIALLING --accept----------------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED    anything wrong: FAILED
 
 The dialer's first sealed frame is READY.  Until it opens, the listener knows only that somebody once made this hello
 (it may be a replay), reports nothing and accepts no chunk.
@@ -59,6 +59,7 @@ class State(enum.Enum):
     LISTENING = "waiting for a hello"
     ANSWERED = "waiting for the peer to confirm its keys"
     OPEN = "open"
+    CLOSING = "waiting for the peer's goodbye"
     CLOSED = "closed"
     FAILED = "failed"
 
@@ -69,7 +70,8 @@ class Act(enum.Enum):
     ACCEPTED = "the peer accepted our hello"
     HELLO = "a good hello came"
     READY = "the peer confirmed its keys"
-    GOODBYE = "one side said goodbye"
+    FAREWELL = "we said goodbye"
+    GOODBYE = "the peer said goodbye"
     REFUSED = "one side refused the handshake"
     SILENCE = "time ran out"
     MISTAKE = "the peer sent what it may not send"
@@ -80,20 +82,24 @@ TRANSITIONS: Final[Mapping[tuple[State, Act], State]] = MappingProxyType(
         (State.DIALLING, Act.ACCEPTED): State.OPEN,
         (State.LISTENING, Act.HELLO): State.ANSWERED,
         (State.ANSWERED, Act.READY): State.OPEN,
+        (State.OPEN, Act.FAREWELL): State.CLOSING,
         (State.OPEN, Act.GOODBYE): State.CLOSED,
-        (State.DIALLING, Act.GOODBYE): State.CLOSED,
-        (State.LISTENING, Act.GOODBYE): State.CLOSED,
-        (State.ANSWERED, Act.GOODBYE): State.CLOSED,
+        (State.CLOSING, Act.GOODBYE): State.CLOSED,
+        (State.DIALLING, Act.FAREWELL): State.CLOSED,
+        (State.LISTENING, Act.FAREWELL): State.CLOSED,
+        (State.ANSWERED, Act.FAREWELL): State.CLOSED,
         (State.DIALLING, Act.REFUSED): State.FAILED,
         (State.LISTENING, Act.REFUSED): State.FAILED,
         (State.DIALLING, Act.SILENCE): State.FAILED,
         (State.LISTENING, Act.SILENCE): State.FAILED,
         (State.ANSWERED, Act.SILENCE): State.FAILED,
         (State.OPEN, Act.SILENCE): State.FAILED,
+        (State.CLOSING, Act.SILENCE): State.FAILED,
         (State.DIALLING, Act.MISTAKE): State.FAILED,
         (State.LISTENING, Act.MISTAKE): State.FAILED,
         (State.ANSWERED, Act.MISTAKE): State.FAILED,
         (State.OPEN, Act.MISTAKE): State.FAILED,
+        (State.CLOSING, Act.MISTAKE): State.FAILED,
     }
 )
 
@@ -195,6 +201,11 @@ class Session:
         """Chunks may be sent."""
         return self._state is State.OPEN
 
+    @property
+    def is_over(self) -> bool:
+        """Nothing that comes in matters any more."""
+        return self._state in (State.CLOSED, State.FAILED)
+
     # --- the peer acts ------------------------------------------------------------------------------------------------
 
     def receive(self, frame: memoryview, now: float, inbox: Inbox | None = None) -> list[Event]:
@@ -204,7 +215,7 @@ class Session:
         had failed.
         """
         if self._state is State.CLOSED:
-            return []  # frames that crossed our goodbye
+            return []
         if self._state is State.FAILED:
             raise LocalProtocolError("this session has failed")
         try:
@@ -212,7 +223,7 @@ class Session:
                 return self._receive_sealed(frame, now, inbox)
             return self._receive_clear(frame, now)
         except PeerMisbehaved:
-            self._fail(Act.MISTAKE, CloseCode.MISBEHAVED)
+            self._end(Act.MISTAKE, CloseCode.MISBEHAVED)
             raise
 
     def _receive_clear(self, frame: memoryview, now: float) -> list[Event]:
@@ -255,7 +266,7 @@ class Session:
         self._heard_clear = bytes(frame)
         self._take_keys(established, now)
         self._move(Act.ACCEPTED)
-        self._control[Kind.READY] = ChunkHeader(Kind.READY, value=self._window)
+        self._say(ChunkHeader(Kind.READY, value=self._window))
         return [Opened(established.remote_static, 0)]
 
     def _take_keys(self, established: Established, now: float) -> None:
@@ -296,14 +307,14 @@ class Session:
         if header.kind is not Kind.READY:
             raise PeerMisbehaved(f"a {header.kind.name} frame before READY")
         self._move(Act.READY)
-        self._control[Kind.GRANT] = ChunkHeader(Kind.GRANT, value=self._window)
+        self.grant(self._window)
         assert self.peer is not None
         return [Opened(self.peer, header.value)]
 
     def _receive_control(self, header: ChunkHeader, inbox: Inbox | None) -> list[Event]:
         match header.kind:
             case Kind.PING:
-                self._control[Kind.PONG] = ChunkHeader(Kind.PONG, value=header.value)
+                self._say(ChunkHeader(Kind.PONG, value=header.value))
             case Kind.PONG:
                 pass
             case Kind.GRANT if inbox is not None:
@@ -313,8 +324,9 @@ class Session:
                     code = CloseCode(header.number)
                 except ValueError:
                     raise PeerMisbehaved(f"a goodbye with unknown code {header.number}") from None
-                self._move(Act.GOODBYE)
                 self._control.clear()
+                self._say(ChunkHeader(Kind.CLOSE, number=CloseCode.NORMAL))
+                self._move(Act.GOODBYE)
                 error = None if code is CloseCode.NORMAL else Lost(f"the peer closed the channel ({code.name.lower()})")
                 return [Ended(error, code)]
             case kind:
@@ -333,12 +345,12 @@ class Session:
 
     def grant(self, total: int) -> None:
         """Tell the peer that we take ``total`` bytes of CHUNK payload, counted since the session began."""
-        self._control[Kind.GRANT] = ChunkHeader(Kind.GRANT, value=total)
+        self._say(ChunkHeader(Kind.GRANT, value=total))
 
     def close(self, code: CloseCode) -> None:
         """Say goodbye; what is not sealed yet does not go out.  Does nothing to a session that has ended."""
-        if self._state not in (State.CLOSED, State.FAILED):
-            self._fail(Act.GOODBYE, code)
+        if self._state is not State.CLOSING and not self.is_over:
+            self._end(Act.FAREWELL, code)
 
     def next_frame(self, lend: Lend) -> Frame | None:
         """The next frame that the session itself has to send, or None.  Channels ask before every chunk."""
@@ -370,16 +382,16 @@ class Session:
         match self._state:
             case State.CLOSED | State.FAILED:
                 return []
-            case State.OPEN:
+            case State.OPEN | State.CLOSING:
                 if now >= self._heard + self._lost_after:
-                    self._fail(Act.SILENCE, CloseCode.LOST)
+                    self._end(Act.SILENCE, CloseCode.LOST)
                     return [Ended(Lost(f"nothing was heard for {self._lost_after:g} s"), CloseCode.LOST)]
                 if now >= self._ping_at:
                     self._ping_at = now + self._lost_after / 4
-                    self._control[Kind.PING] = ChunkHeader(Kind.PING)
+                    self._say(ChunkHeader(Kind.PING))
             case state:
                 if now >= self._answer_by:
-                    self._fail(Act.SILENCE, CloseCode.LOST)
+                    self._end(Act.SILENCE, CloseCode.LOST)
                     return [Ended(Lost(f"time ran out while {state.value}"), CloseCode.LOST)]
                 if self._again_at is not None and now >= self._again_at:
                     self._again_at = now + HELLO_RETRY_SECONDS
@@ -392,7 +404,7 @@ class Session:
         match self._state:
             case State.CLOSED | State.FAILED:
                 return None
-            case State.OPEN:
+            case State.OPEN | State.CLOSING:
                 return min(self._ping_at, self._heard + self._lost_after)
             case _:
                 return self._answer_by if self._again_at is None else min(self._answer_by, self._again_at)
@@ -402,10 +414,13 @@ class Session:
     def _move(self, act: Act) -> None:
         self._state = TRANSITIONS[self._state, act]
 
-    def _fail(self, act: Act, code: CloseCode) -> None:
+    def _say(self, header: ChunkHeader) -> None:
+        """Queue a frame without payload; after our goodbye, and before the peer can open it, none."""
+        if self._state is State.OPEN:
+            self._control[header.kind] = header
+
+    def _end(self, act: Act, code: CloseCode) -> None:
         """End it from our side.  If the peer knows that we hold the keys, a CLOSE frame is the last thing it gets."""
-        open_before = self._state is State.OPEN
-        self._move(act)
         self._clear.clear()
-        if open_before:
-            self._control[Kind.CLOSE] = ChunkHeader(Kind.CLOSE, number=code)
+        self._say(ChunkHeader(Kind.CLOSE, number=code))
+        self._move(act)

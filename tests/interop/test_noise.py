@@ -166,3 +166,42 @@ def test_another_psk_is_noticed(name: str, ours_initiates: bool) -> None:
     with pytest.raises((PeerMisbehaved, InvalidTag)):
         run(ours, theirs)
     assert not (ours.finished and theirs.connection.handshake_finished)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@both_roles
+def test_with_fixed_ephemerals_every_byte_is_the_same(name: str, ours_initiates: bool) -> None:
+    """Vectors made on the spot: two of theirs talk with injected ephemeral keys, and ours in one role writes their bytes."""
+    knows = pattern(name)
+    initiator_s, responder_s, initiator_e, responder_e = (os.urandom(32) for _ in range(4))
+    psks = [os.urandom(32) for _ in range(knows.psks)]
+    initiator = Theirs(
+        name, initiator=True, s=initiator_s, rs=public_key_of(responder_s), psks=psks, prologue=b"vector"
+    )
+    responder = Theirs(
+        name, initiator=False, s=responder_s, rs=public_key_of(initiator_s), psks=psks, prologue=b"vector"
+    )
+    for side, ephemeral in ((initiator, initiator_e), (responder, responder_e)):
+        side.connection.noise_protocol.handshake_state.e = (
+            side.connection.noise_protocol.dh_fn.klass.from_private_bytes(ephemeral)
+        )
+    own_s, far_s = (initiator_s, responder_s) if ours_initiates else (responder_s, initiator_s)
+    far_known = knows.initiator_knows_responder if ours_initiates else knows.responder_knows_initiator
+    ours = HandshakeState(
+        name,
+        initiator=ours_initiates,
+        prologue=b"vector",
+        s=own_s if knows.needs_static(ours_initiates) else None,
+        rs=public_key_of(far_s) if far_known else None,
+        psks=psks,
+        fixed_e_for_vectors=initiator_e if ours_initiates else responder_e,
+    )
+    for index in range(len(knows.messages)):
+        writer, reader = (initiator, responder) if index % 2 == 0 else (responder, initiator)
+        expected = writer.write(b"payload")
+        assert reader.read(expected) == b"payload"
+        if (index % 2 == 0) is ours_initiates:
+            assert ours.write_message(b"payload") == expected
+        else:
+            assert ours.read_message(expected) == b"payload"
+    assert ours.handshake_hash == bytes(initiator.connection.get_handshake_hash())

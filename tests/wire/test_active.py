@@ -299,7 +299,7 @@ def test_an_attack_ends_the_training(
     elif name == "reflect":
         assert any(isinstance(error, PeerMisbehaved) for error in run.failed.values())
     elif (direction, place) == ("to the listener", 1):
-        # The dialer had not proved itself yet: a stranger sent rubbish, and the listener went on waiting for the clinic.
+        # Before the dialer proved itself, the rubbish came from a stranger, and the listener waits for the clinic.
         assert isinstance(victim, PeerMisbehaved | PeerUnreachable)
     else:
         assert isinstance(victim, PeerMisbehaved)
