@@ -30,7 +30,7 @@ LaneKey = tuple[str, int]
 class MessageThread(Protocol):
     """What the guard needs of ``splitsec.transports.iothread.IOThread``."""
 
-    def send(self, peer: bytes, lane: int, header: bytes, body: Any = ()) -> None: ...
+    def send(self, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True) -> None: ...
     def receive(self, timeout: float | None = None) -> Event | None: ...
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None: ...
 
@@ -85,7 +85,9 @@ class Guard:
             self._last_out[lane] = message.key
         header, body = encode(message)
         try:
-            self._thread.send(self._keys[declared.peer], declared.number, header, body)
+            # A step's messages are bounded by its micro-batches and must not wait for each other; exchanges are not.
+            waits = declared.kind == "exchange"
+            self._thread.send(self._keys[declared.peer], declared.number, header, body, wait=waits)
         except below.TransportsError as error:
             raise self._peer_error(declared.peer, error) from error
         passed = self.traffic[lane]

@@ -16,6 +16,7 @@ docs/protocol.md.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Channel", "Event", "Forwarded", "Message", "Outgoing", "Relay"]
 
-_ALIGNMENT: Final = 16  # bytes; what CPython's allocator gives, and enough for every element type
+_ALIGNMENT: Final = 64  # bytes; as torch's own memory: vector kernels may round differently on other addresses
 _WRAP: Final = 1 << 32  # message numbers are 32 bits
 
 
@@ -189,6 +190,11 @@ def _is_free(block: bytearray) -> bool:
     except BufferError:
         return False
     return True
+
+
+def _address(block: bytearray) -> int:
+    """Where ``block`` lies in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 @final
@@ -387,8 +393,9 @@ class Channel:
         blocks = self._blocks.get(header.lane)
         if blocks is None:
             blocks = self._blocks[header.lane] = _Blocks()
-        start = -header.header_size % _ALIGNMENT
-        return _Incoming(header, blocks.take(start + header.header_size + header.value), start)
+        block = blocks.take(_ALIGNMENT + header.header_size + header.value)
+        start = -(_address(block) + header.header_size) % _ALIGNMENT
+        return _Incoming(header, block, start)
 
     def _grant(self) -> None:
         """Let the peer send as much as the window allows, if that is worth a frame."""

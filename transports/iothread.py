@@ -221,11 +221,14 @@ class IOThread:
             raise bound
         self._endpoint = bound or None
 
-    def send(self, peer: bytes, lane: int, header: bytes, body: Sequence[Buffer] = ()) -> None:
+    def send(
+        self, peer: bytes, lane: int, header: bytes, body: Sequence[Buffer] = (), *, wait: bool = True
+    ) -> None:
         """Queue one message.  The buffers of ``body`` are sent as one, and are lent until the message has left.
 
-        Waits while more than OUTBOX_BYTES are queued for this peer.  Raises the peer's error once its channel is
-        closed.
+        Waits while more than OUTBOX_BYTES are queued for this peer, unless told not to: two sides that both wait here
+        take nothing from each other, so whoever answers every message (and so bounds what is queued) must not wait.
+        Raises the peer's error once its channel is closed.
         """
         message = Outgoing(lane, header, body)
         size = message.left
@@ -234,7 +237,7 @@ class IOThread:
                 raise LocalProtocolError("a message for somebody who is not among the peers")
             while True:
                 self._raise_if_over(peer)
-                if not self._outbox[peer] or self._outbox[peer] + size <= OUTBOX_BYTES:
+                if not wait or not self._outbox[peer] or self._outbox[peer] + size <= OUTBOX_BYTES:
                     break
                 self._room.wait()
             self._outbox[peer] += size

@@ -6,7 +6,8 @@ sockets, clocks, threads, randomness (``iothread``).  A session does not know wh
 another peer who forwards them.
 
     LISTENING --hello--> ANSWERED --READY--> OPEN --their CLOSE, and ours in reply----> CLOSED
-    DIALLING --accept----------------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED    anything wrong: FAILED
+    DIALLING --accept----------------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED
+    anything wrong: FAILED
 
 The dialer's first sealed frame is READY.  Until it opens, the listener knows only that somebody once made this hello
 (it may be a replay), reports nothing and accepts no chunk.

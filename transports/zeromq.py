@@ -246,10 +246,14 @@ def _local_tcp(address: str) -> str:
 
 
 def _local_ipc(address: str) -> str:
-    """Make the folder of the socket, closed to others; refuse to take a living listener's place, which ZeroMQ would."""
+    """Make the folder of the socket, closed to others.  Refuse what ZeroMQ would do: replace whatever is there, be it a
+    file or a living listener.
+    """
     path = Path(address.removeprefix("ipc://"))
     if str(path).startswith("@"):
         return address
+    if path.exists() and not path.is_socket():
+        raise AddressError(f"cannot listen at {address}: there is a file, and it is no socket")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with socket.socket(socket.AF_UNIX) as probe:

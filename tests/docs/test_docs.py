@@ -9,12 +9,16 @@ command and link that a page names; the limits that docs/protocol.md lists.  Not
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 import hmac
+import json
+import os
 import re
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -26,16 +30,21 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from splitsec import errors
+from splitsec import errors, simulation
 from splitsec.contract import canonical_bytes, digest
 from splitsec.graph import Graph, parse_graph
+from splitsec.guard import Guard
+from splitsec.identity import parse_public
 from splitsec.messages import Message, encode
 from splitsec.plan import make_plan
+from splitsec.simulation import simulate
 from splitsec.transports import limits
 from splitsec.transports.channel import Channel, Outgoing
 from splitsec.transports.handshake import MAX_FRAME, Initiator, Responder
+from splitsec.transports.iothread import Received
 from splitsec.transports.session import Session
 from splitsec.transports.wire import CloseCode
+from tests.conftest import free_port
 
 TREE: Final = Path(__file__).parents[2]
 DOCS: Final = TREE / "docs"
@@ -95,7 +104,8 @@ def frames(sender: Channel, receiver: Channel) -> list[bytes]:
 def test_the_frames_of_the_example_are_those_of_our_machines(graph: Graph, example: dict[str, bytes]) -> None:
     def channel(party: str, handshake: Initiator | Responder) -> Channel:
         lanes = {number: lane.max_body for (_, number), lane in make_plan(graph, party).lanes_in.items()}
-        return Channel(Session(handshake, now=0.0, lost_after=20.0), lanes)
+        window = limits.LINK_WINDOW
+        return Channel(Session(handshake, now=0.0, lost_after=20.0, window=window), lanes, window=window)
 
     bound = digest(graph)
     clinic = channel("clinic-a", Initiator(A_STATIC, public(B_STATIC), bound, lambda n: A_EPHEMERAL[:n]))
@@ -117,6 +127,7 @@ def test_the_frames_of_the_example_are_those_of_our_machines(graph: Graph, examp
         assert frames(clinic, server) == [example[f"{name}-frame"]]
     clinic.close(CloseCode.NORMAL)
     assert frames(clinic, server) == [example["close-frame"]]
+    assert frames(server, clinic) == [example["reply-frame"]]
 
 
 class SecondImplementation:
@@ -192,6 +203,7 @@ def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> N
     assert other.h == example["handshake-hash"]
 
     assert unsealed(theirs, 0, example["grant-frame"]) == (example["grant-header"], b"", 1)
+    assert unsealed(theirs, 1, example["reply-frame"]) == (example["reply-header"], b"", 2)
     record = 0
     for name in ("ready", "counts", "labels", "activation", "close"):
         header, payload, record = unsealed(ours, record, example[f"{name}-frame"])
@@ -208,7 +220,9 @@ def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> N
 
 
 def test_the_limits_are_those_of_the_code() -> None:
-    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \| (?:yes|no|by)", text_of("protocol.md"), re.MULTILINE))
+    text = text_of("protocol.md")
+    table = text[text.index("## 10. Limits") : text.index("## Worked example")]
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \| (?:yes|no|by)", table, re.MULTILINE))
     mib = 1 << 20
     assert {name: rows.get(name) for name in rows} == {
         "frame": f"{limits.FRAME_MAX:,}",
@@ -218,7 +232,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "records under one key": f"2^{limits.COUNTER_LIMIT.bit_length() - 1}",
         "lanes of a channel": f"{limits.LANES_MAX:,}",
         "body of a message": "by lane, see section 6",
-        "window": f"{limits.WINDOW // mib} MiB",
+        "window of a session over a link": f"{limits.LINK_WINDOW // mib} MiB",
+        "window of a forwarded session": f"{limits.WINDOW // mib} MiB",
         "held for one forwarded pair and direction": f"{limits.RELAY_BYTES // mib} MiB",
         "waiting to be sent to one peer, before `send` blocks": f"{limits.OUTBOX_BYTES // mib} MiB",
         "frames queued in ZeroMQ for a connection and direction": f"{limits.QUEUED_FRAMES}",
@@ -226,7 +241,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "handshakes that a listener computes": f"{limits.HANDSHAKES_BURST:g} at once, "
         f"{limits.HANDSHAKES_PER_SECOND:g} a second",
         "time for a handshake": f"{limits.ANSWER_SECONDS:g} s",
-        "lines that strangers cause in the log": f"{limits.LOGS_BURST:g} at once, 1 in {1 / limits.LOGS_PER_SECOND:g} s",
+        "lines that strangers cause in the log": f"{limits.LOGS_BURST:g} at once, "
+        f"1 in {1 / limits.LOGS_PER_SECOND:g} s",
         "messages that wait on one lane for the computing thread": "65,536",
     }
 
@@ -296,6 +312,172 @@ def test_the_api_page_shows_every_public_name() -> None:
     assert [name for name in sorted(public_names) if f"`{name}" not in text] == []
 
 
+# --- docs/quickstart.md
+
+
+def test_the_pilot_of_the_quickstart_runs_as_shown(tmp_path: Path) -> None:
+    """Keys, files and `join` commands of section 3, at two sites: two folders, one port of this machine."""
+    text = text_of("quickstart.md")
+    text = text[text.index("## 3. Two machines") :]
+
+    def at(site: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "splitsec", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(TREE)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=tmp_path / site, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    sites = {"clinic-a": "clinic", "server": "server"}
+    pasted = dict(re.findall(r"^  ([\w-]+): \{key: \"(x25519:[^\"]+)\"\}$", text, re.MULTILINE))
+    assert set(pasted) == set(sites)
+    graph = re.findall(r"^```yaml\n# graph.yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    for party, site in sites.items():
+        (tmp_path / site / "parties").mkdir(parents=True)
+        said, _ = at(site, "keys", "new", party, "--out", "parties").communicate(timeout=60)
+        assert re.sub('x25519:[^"]+', "KEY", said) == f'  {party}: {{key: "KEY"}}\n'
+        graph = graph.replace(pasted[party], said.split('"')[1])
+    graph = graph.replace("server.example.org:7400", f"127.0.0.1:{free_port()}").replace(
+        "0.0.0.0:7400", "127.0.0.1:PORT"
+    )
+    graph = graph.replace("PORT", graph.split("address: ")[1].split(":")[2].split('"')[0])
+    site = ""
+    for name, body in re.findall(r"^```(?:yaml|python)\n# (parties/\S+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        site = sites.get(Path(name).stem, site)  # a party's own file stands before its code
+        (tmp_path / site / name).write_text(body)
+
+    joins = [line.split() for line in re.findall(r"^(?:\$ )?splitsec (join .*)$", text, re.MULTILINE)]
+    assert len(joins) == 4
+    for pair in (joins[:2], joins[2:]):
+        running = []
+        for arguments in pair:
+            site = sites[arguments[arguments.index("--party") + 1]]
+            (tmp_path / site / "graph.yaml").write_text(graph)
+            running.append(at(site, *arguments))
+        for party in running:
+            assert party.wait(timeout=90) == 0, party.communicate()[1]
+            log = party.communicate()[1]
+            if "trains trunk" in log:  # the numbers that the page shows
+                losses = re.findall(r"epoch \d: server \w+ trunk: loss [\d.]+", log)
+                shown = re.findall(r"epoch \d: server \w+ trunk: loss [\d.]+", text)
+                assert shown and [line for line in shown if line not in losses] == []
+    assert len(json.loads((tmp_path / "clinic/predicted/clinic-a/predicted_ids.json").read_text())) == 5
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.safetensors")) == [
+        "clinic/trained/clinic-a/stem.safetensors",
+        "server/predicted/server/predictions.safetensors",
+        "server/trained/server/trunk.safetensors",
+    ]
+
+
+# --- docs/threat-model.md: what the door promises
+
+
+class Recorder:
+    """A channel that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, int]] = []
+
+    def send(self, peer: bytes, lane: int, header: bytes, body: Any = ()) -> None:
+        self.sent.append((peer, lane))
+
+    def receive(self, timeout: float | None = None) -> None:
+        return None
+
+    def close(self, reason: int = 0, linger: float = 0) -> None: ...
+
+
+def door(graph: Graph, party: str) -> tuple[Guard, Recorder]:
+    channel = Recorder()
+    keys = {name: parse_public(one.key or "") for name, one in graph.parties.items() if name != party}
+    return Guard(make_plan(graph, party), keys, channel, connect_timeout=1.0), channel
+
+
+GOOD: Final = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+BAD: Final = {
+    "another shape": {"": torch.ones(2, 3)},
+    "another dtype": {"": torch.ones(2, 2, dtype=torch.float64)},
+    "more samples than a micro-batch has": {"": torch.ones(3, 2)},
+    "NaN": {"": torch.tensor([[1.0, float("nan")]])},
+    "infinity": {"": torch.tensor([[1.0, float("inf")]])},
+    "two tensors": {"": GOOD, "more": GOOD},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_door_lets_nothing_out_that_the_graph_does_not_declare(graph: Graph, name: str) -> None:
+    guard, channel = door(graph, "clinic-a")
+    with pytest.raises(errors.EgressRefused):
+        guard.release(("server", 16), Message("activation", (0, 0), tensors=BAD[name]))
+    assert channel.sent == []
+    guard.release(("server", 16), Message("activation", (0, 0), tensors={"": GOOD}))
+    assert channel.sent == [(parse_public(graph.parties["server"].key or ""), 16)]
+
+
+def test_the_door_lets_nothing_out_twice_nor_where_there_is_no_edge(graph: Graph) -> None:
+    guard, channel = door(graph, "clinic-a")
+    message = Message("activation", (0, 0), tensors={"": GOOD})
+    guard.release(("server", 16), message)
+    for lane in (("server", 16), ("server", 17), ("server", 4711), ("registry", 16)):
+        with pytest.raises(errors.EgressRefused):
+            guard.release(lane, message)
+    with pytest.raises(errors.EgressRefused):
+        guard.release(("server", 16), Message("weights", (1, 0), tensors={"": GOOD}))
+    assert len(channel.sent) == 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_door_lets_no_gradient_in_that_the_graph_does_not_declare(graph: Graph, name: str) -> None:
+    guard, _ = door(graph, "clinic-a")
+    server = parse_public(graph.parties["server"].key or "")
+
+    def arrived(key: tuple[int, int], tensors: dict[str, torch.Tensor]) -> Received:
+        header, body = encode(Message("gradient", key, tensors=tensors))
+        return Received(server, 17, header, memoryview(bytearray(b"".join(body))))
+
+    guard.admit(arrived((0, 0), {"": GOOD}))
+    for key, tensors in (((0, 1), BAD[name]), ((0, 0), {"": GOOD})):
+        with pytest.raises(errors.PeerMisbehaved):
+            guard.admit(arrived(key, tensors))
+    assert torch.equal(guard.take(("server", 17)).tensors[""], GOOD)
+    assert guard.peek(("server", 17)) is None
+
+
+def test_throw_away_keys_are_nowhere_to_be_seen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither command lines, environments nor files of a simulation hold a private key, in any of three spellings."""
+    made: list[bytes] = []
+
+    class Watched(simulation.X25519PrivateKey):
+        @classmethod
+        def generate(cls) -> simulation.X25519PrivateKey:
+            key = X25519PrivateKey.generate()
+            made.append(key.private_bytes_raw())
+            return key
+
+    monkeypatch.setattr(simulation, "X25519PrivateKey", Watched)
+    monkeypatch.setenv("PYTHONPATH", str(TREE))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found: list[str] = []
+    looked: set[str] = set()
+
+    def look(party: str, event: dict[str, Any]) -> None:
+        if event["event"] != "connected":
+            return
+        looked.add(party)
+        places = [Path("/proc") / pid / name for pid in children() for name in ("cmdline", "environ")]
+        for place in (*places, *(file for file in tmp_path.rglob("*") if file.is_file())):
+            text = place.read_bytes()
+            for key in made:
+                if key in text or key.hex().encode() in text or base64.b64encode(key) in text:
+                    found.append(str(place))
+
+    simulate(folder, epochs=1, watch=look)
+    assert looked == {"clinic-a", "clinic-b", "server"} and len(made) == 3
+    assert found == []
+
+
+def children() -> list[str]:
+    return (Path("/proc/self/task") / str(os.getpid()) / "children").read_text().split()
+
+
 # --- what pages name
 
 
@@ -353,7 +535,9 @@ def test_every_link_and_file_that_a_page_names_exists(page: Path) -> None:
         file = page.parent / path if path else page
         if not file.exists() or (anchor and anchor not in anchors(file)):
             missing.append(target)
-    for path in re.findall(r"`((?:splitsec|transports|privacy|examples|docs|tests)/[\w/.-]+\.(?:py|md|yaml|svg))`", text):
+    for path in re.findall(
+        r"`((?:splitsec|transports|privacy|examples|docs|tests)/[\w/.-]+\.(?:py|md|yaml|svg))`", text
+    ):
         if not (TREE / path).is_file():
             missing.append(path)
     assert missing == []
@@ -398,10 +582,59 @@ def test_every_command_line_that_a_page_shows_is_understood() -> None:
     for command, options in commands():
         used.setdefault(command, set()).update(options)
     assert {"simulate", "join", "keys", "predict", "check"} <= set(used)
-    for command, options in used.items():
+    for command, shown in used.items():
         arguments = [command, "new"] if command == "keys" else [command]
         ended = subprocess.run(
             [sys.executable, "-m", "splitsec", *arguments, "--help"], capture_output=True, text=True, cwd=TREE
         )
         assert ended.returncode == 0, ended.stderr
-        assert [option for option in options if option not in ended.stdout] == [], command
+        assert [option for option in shown if option not in ended.stdout] == [], command
+
+
+# --- docs/architecture.md
+
+
+def imports_of(folder: str, package: str) -> dict[str, set[str]]:
+    """Which files of ``folder`` import which, one room a file or a package; ``transports.x`` from ``splitsec/``."""
+    found: dict[str, set[str]] = {}
+    rooms = {
+        path.stem if path.is_file() else f"{path.name}/"
+        for path in (TREE / folder).iterdir()
+        if not path.is_symlink() and (path.suffix == ".py" or (path / "__init__.py").is_file())
+    } - {"__init__", "__main__"}
+    for room in sorted(rooms):
+        files = sorted((TREE / folder / room).glob("*.py")) if room.endswith("/") else [TREE / folder / f"{room}.py"]
+        names: set[str] = set()
+        for file in files:
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(f"{package}."):
+                    below = node.module.removeprefix(package).removeprefix(".")
+                    if below in ("", "transports"):
+                        names |= {f"{below}.{alias.name}".removeprefix(".") for alias in node.names}
+                    else:
+                        names.add(below)
+        shown = {
+            name if name.startswith("transports.") else f"{first}/" if f"{first}/" in rooms else first
+            for name in names
+            for first in [name.partition(".")[0]]
+        }
+        found[room] = {name.removesuffix("/") for name in shown - {room}}
+    return found
+
+
+@pytest.mark.parametrize(("folder", "package"), [("splitsec", "splitsec"), ("transports", "splitsec.transports")])
+def test_the_map_shows_every_file_and_what_it_imports(folder: str, package: str) -> None:
+    text = text_of("architecture.md")
+    start = text.rindex(f"\n`{folder}/`")
+    table = text[text.index("| file |", start) :].split("\n\n")[0]
+    shown: dict[str, set[str]] = {}
+    for line in table.splitlines()[2:]:
+        rooms, _, imports = (cell.strip() for cell in line.strip("|").split("|"))
+        for room in re.findall(r"`([\w/]+)`", rooms):
+            shown[room] = {name.strip() for name in imports.split(",") if name.strip()}
+    real = imports_of(folder, package)
+    assert set(shown) == set(real)
+    for room in ("cli/",):
+        shown.pop(room, None)
+        real.pop(room, None)
+    assert shown == real

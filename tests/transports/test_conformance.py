@@ -1,13 +1,21 @@
-"""Every registered transport passes the published suite; and the suite notices a transport that does not."""
+"""Every registered transport passes the published suite; and the suite notices transports that should not pass."""
 
 from __future__ import annotations
 
 import itertools
+import stat
+from collections.abc import Callable, Hashable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from splitsec.transports import base, testing
+from splitsec.transports.base import AddressError, Arrival, Event, Port, Transport, find_transport, registered
+from splitsec.transports.errors import LocalProtocolError
+from splitsec.transports.memory import MemoryTransport
 from splitsec.transports.testing import TransportConformance
+from splitsec.transports.zeromq import ZeroMQTransport
 
 _numbers = itertools.count()
 
@@ -29,3 +37,194 @@ class TestIpc(TransportConformance):
 
     def address(self) -> str:
         return f"ipc://{self.folder}/{next(_numbers)}.sock"
+
+
+# Transports are found by their scheme.
+
+
+def test_no_registered_transport_is_left_out() -> None:
+    assert set(registered()) == {"memory", "tcp", "ipc"}
+
+
+@pytest.mark.parametrize(
+    ("address", "scheme", "kind"),
+    [
+        ("memory://a", "memory", MemoryTransport),
+        ("tcp://127.0.0.1:1", "tcp", ZeroMQTransport),
+        ("ipc:///tmp/a", "ipc", ZeroMQTransport),
+    ],
+)
+def test_built_in_transports_are_found_without_any_metadata(
+    address: str, scheme: str, kind: type[Transport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "entry_points", lambda group: ())
+    assert find_transport(address) == (scheme, kind)
+
+
+def test_somebody_elses_transport_is_found_and_cannot_take_our_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("pigeon", "splitsec.transports.memory:MemoryTransport", base.GROUP),
+        EntryPoint("tcp", "splitsec.transports.memory:MemoryTransport", base.GROUP),
+        EntryPoint("wrong", "splitsec.transports.memory:_connect", base.GROUP),
+    ]
+    monkeypatch.setattr(base, "entry_points", lambda group: points if group == base.GROUP else ())
+    assert find_transport("pigeon://loft") == ("pigeon", MemoryTransport)
+    assert find_transport("tcp://127.0.0.1:1") == ("tcp", ZeroMQTransport)
+    with pytest.raises(LocalProtocolError, match="no Transport"):
+        find_transport("wrong://loft")
+    with pytest.raises(AddressError, match="'smoke://hill'; there are ipc, memory, pigeon, tcp, wrong"):
+        find_transport("smoke://hill")
+
+
+# What ZeroMQ leaves to us.
+
+
+def test_an_ipc_folder_that_we_make_is_closed_to_others(tmp_path: Path) -> None:
+    transport = ZeroMQTransport("ipc")
+    port = transport.listen(f"ipc://{tmp_path}/made/by/us.sock")
+    assert stat.S_IMODE((tmp_path / "made" / "by").stat().st_mode) == 0o700
+    port.close(0)
+    transport.close(0)
+
+
+def test_a_socket_file_left_behind_is_no_hindrance_but_other_files_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    for _ in range(2):
+        transport = ZeroMQTransport("ipc")
+        port = transport.listen(f"ipc://{path}")
+        port.close(0)
+        transport.close(0)
+    work = tmp_path / "work"
+    work.write_text("somebody's")
+    transport = ZeroMQTransport("ipc")
+    with pytest.raises(AddressError, match="no socket"):
+        transport.listen(f"ipc://{work}")
+    assert work.read_text() == "somebody's"
+    transport.close(0)
+
+
+def test_a_host_may_be_named(tmp_path: Path) -> None:
+    transport = ZeroMQTransport("tcp")
+    port = transport.listen("tcp://localhost:0")
+    assert port.endpoint.startswith("tcp://127.0.0.1:")
+    with pytest.raises(AddressError, match=r"no-such-host\.invalid"):
+        transport.listen("tcp://no-such-host.invalid:1")
+    port.close(0)
+    transport.close(0)
+
+
+# The suite notices.
+
+
+class _Bad(Port):
+    """A port over memory with something wrong."""
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.endpoint = port.endpoint
+        self.sent = 0
+        self.held: list[bytes] = []
+
+    def descriptors(self) -> tuple[int, ...]:
+        return tuple(self.port.descriptors())
+
+    def receive(self) -> Event | None:
+        return self.port.receive()
+
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        return self.port.send(connection, frame)
+
+    def close(self, linger: float) -> None:
+        self.port.close(linger)
+
+
+class _Drops(_Bad):
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        self.sent += 1
+        return self.sent % 7 == 0 or self.port.send(connection, frame)
+
+
+class _Repeats(_Bad):
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        self.sent += 1
+        return self.port.send(connection, frame) and (self.sent % 7 > 0 or self.port.send(connection, frame))
+
+
+class _Swaps(_Bad):
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        self.sent += 1
+        if self.sent % 7 == 0:
+            self.held.append(bytes(frame))
+            return True
+        taken = self.port.send(connection, frame)
+        while taken and self.held and self.port.send(connection, self.held[0]):
+            self.held.pop()
+        return taken
+
+
+class _Splits(_Bad):
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        middle = len(frame) // 2
+        if not middle:
+            return self.port.send(connection, frame)
+        return self.port.send(connection, frame[:middle]) and self.port.send(connection, frame[middle:])
+
+
+class _Borrows(_Bad):
+    def receive(self) -> Event | None:
+        event = self.port.receive()
+        if isinstance(event, Arrival) and len(event.frame) > 1000:
+            _borrowed[: len(event.frame)] = event.frame
+            return Arrival(event.connection, memoryview(_borrowed)[: len(event.frame)])
+        return event
+
+
+class _Hoards(_Bad):
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        if not self.port.send(connection, frame):
+            self.held.append(bytes(frame))
+        return True
+
+
+class _Mute(_Bad):
+    def descriptors(self) -> tuple[int, ...]:
+        return ()
+
+
+_borrowed = bytearray(1 << 21)
+
+
+@pytest.mark.parametrize(
+    ("bad", "test"),
+    [
+        (_Drops, "test_frames_arrive_once_in_order_and_unchanged"),
+        (_Repeats, "test_frames_arrive_once_in_order_and_unchanged"),
+        (_Swaps, "test_many_small_frames_keep_their_borders"),
+        (_Splits, "test_many_small_frames_keep_their_borders"),
+        (_Borrows, "test_the_memory_of_a_frame_that_was_taken_may_be_used_again"),
+        (_Hoards, "test_a_full_queue_refuses_and_loses_nothing"),
+    ],
+)
+def test_the_suite_notices(bad: Callable[[Port], Port], test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad(MemoryTransport):
+        def listen(self, address: str) -> Port:
+            return bad(super().listen(address))
+
+        def dial(self, address: str) -> Port:
+            return bad(super().dial(address))
+
+    monkeypatch.setattr(testing, "find_transport", lambda address: ("memory", Bad))
+    monkeypatch.setattr(testing, "_PATIENCE", 0.5)
+    with pytest.raises(AssertionError):
+        getattr(TestMemory(), test)()
+
+
+def test_the_suite_notices_a_port_that_does_not_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad(ZeroMQTransport):
+        def listen(self, address: str) -> Port:
+            return _Mute(super().listen(address))
+
+    monkeypatch.setattr(testing, "find_transport", lambda address: ("tcp", Bad))
+    monkeypatch.setattr(testing, "_PATIENCE", 0.5)
+    with pytest.raises(AssertionError, match="nothing happened"):
+        TestTcp().test_frames_arrive_once_in_order_and_unchanged()

@@ -366,44 +366,71 @@ def test_pings_that_are_never_read_do_not_pile_up() -> None:
 
 
 @pytest.mark.parametrize("code", CloseCode)
-def test_a_goodbye_carries_its_code(code: CloseCode) -> None:
+def test_a_goodbye_carries_its_code_and_is_answered(code: CloseCode) -> None:
     clock = FakeClock()
     wire = opened(clock)
     dialer, listener = ends(wire)
     dialer.close(code)
-    assert dialer.state is State.CLOSED
+    assert dialer.state is State.CLOSING
     wire.run()
+    assert (dialer.state, listener.state) == (State.CLOSED, State.CLOSED)
     (ended,) = (event for event in wire.events[1] if isinstance(event, Ended))
     assert ended.code is code
     assert (ended.error is None) == (code is CloseCode.NORMAL)
-    assert listener.state is State.CLOSED
-    assert list(listener.frames_to_send(lend)) == []
+    assert wire.events[0][-1] == Ended(None, CloseCode.NORMAL)  # whoever is told may let go of the connection
+    assert listener.receive(memoryview(b"anything"), clock.now) == []
 
 
 def test_goodbyes_may_cross() -> None:
     clock = FakeClock()
     wire = opened(clock)
-    for session in ends(wire):
-        session.close(CloseCode.NORMAL)
-        session.close(CloseCode.ERROR)  # the first counts
+    dialer, listener = ends(wire)
+    dialer.close(CloseCode.NORMAL)
+    listener.close(CloseCode.ERROR)
+    listener.close(CloseCode.NORMAL)  # the first counts
     wire.run()
-    assert [event for events in wire.events for event in events if isinstance(event, Ended)] == []
+    assert [events[-1].code for events in wire.events if isinstance(events[-1], Ended)] == [
+        CloseCode.ERROR,
+        CloseCode.NORMAL,
+    ]
     assert [session.state for session in ends(wire)] == [State.CLOSED, State.CLOSED]
 
 
-def test_nothing_is_sent_after_goodbye() -> None:
+def test_nothing_is_sent_after_goodbye_and_everything_before_it_arrives() -> None:
     clock = FakeClock()
     dialer, listener = ends(opened(clock))
-    last = chunk(dialer, b"last words")
+    last, crossing = chunk(dialer, b"last words"), chunk(listener, b"crossing")
+    ping = bytes(listener.seal(ChunkHeader(Kind.PING), b"", lend))
     dialer.close(CloseCode.NORMAL)
-    with pytest.raises(LocalProtocolError, match="closed"):
+    with pytest.raises(LocalProtocolError, match="goodbye"):
         chunk(dialer, b"and another thing")
     (goodbye,) = dialer.frames_to_send(lend)
-    inbox = Inbox()
-    listener.receive(memoryview(last), clock.now, inbox)
-    listener.receive(memoryview(goodbye), clock.now, inbox)
-    assert [payload for _, payload in inbox.chunks] == [b"last words"]
-    assert listener.receive(memoryview(goodbye), clock.now) == []
+    there, here = Inbox(), Inbox()
+    for frame in (crossing, ping):
+        assert dialer.receive(memoryview(frame), clock.now, here) == []
+    dialer.grant(WINDOW)
+    assert list(dialer.frames_to_send(lend)) == []
+    listener.receive(memoryview(last), clock.now, there)
+    assert listener.receive(memoryview(goodbye), clock.now, there) == [Ended(None, CloseCode.NORMAL)]
+    assert [payload for inbox in (there, here) for _, payload in inbox.chunks] == [b"last words", b"crossing"]
+    (reply,) = listener.frames_to_send(lend)
+    assert dialer.receive(memoryview(reply), clock.now, here) == [Ended(None, CloseCode.NORMAL)]
+
+
+def test_a_goodbye_that_is_never_answered_ends_by_silence() -> None:
+    clock = FakeClock()
+    dialer, _ = ends(opened(clock, lost_after=20))
+    dialer.close(CloseCode.NORMAL)
+    list(dialer.frames_to_send(lend))
+    assert dialer.deadline() == clock.now + 5
+    clock.advance(5)
+    assert dialer.tick(clock.now) == []
+    assert list(dialer.frames_to_send(lend)) == []
+    clock.advance(15)
+    (ended,) = dialer.tick(clock.now)
+    assert isinstance(ended, Ended)
+    assert ended.code is CloseCode.LOST
+    assert dialer.state is State.FAILED
 
 
 def test_a_dialer_that_leaves_at_once_still_confirms_its_keys_first() -> None:

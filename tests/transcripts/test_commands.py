@@ -1,0 +1,226 @@
+"""Command lines and what they print, to the letter.  Keys differ each time and stand here as KEY.
+
+Not here: mistakes in the graph file (``test_graph_mistakes.py``), and how runs end (``tests/processes``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from splitsec.identity import public_of, public_text, read_key
+from tests.conftest import GRAPH, Shell, change, keyed, write_folder
+
+
+def transcript(shell: Shell, *lines: str) -> str:
+    """What a terminal shows: each command, what it printed, and its exit code where it is not 0."""
+    shown = []
+    for line in lines:
+        end = shell.run(*line.split())
+        text = f"$ splitsec {line}\n{end.stdout}{end.stderr}" + (f"[exit {end.code}]\n" if end.code else "")
+        shown.append(re.sub(r"x25519:[A-Za-z0-9+/]{43}=", "KEY", text))
+    return "".join(shown)
+
+
+def test_help(shell: Shell) -> None:
+    """What somebody sees first names every command, in the order in which one needs them."""
+    end = shell.run("--help")
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout.startswith(
+        """\
+usage: splitsec [-h] [--version] COMMAND ...
+
+Train one neural network across institutions that do not pool their data.
+
+A folder holds the graph file (graph.yaml, shared by all) and one party file for each party (parties/NAME.yaml,
+private):
+
+  splitsec check FOLDER        is it right?  and a picture of it
+  splitsec simulate FOLDER     train it here, one process for each party
+  splitsec keys new NAME       make a party's key
+  splitsec predict FOLDER ...  use what was trained
+  splitsec join ...            be one party, over the network
+"""
+    )
+    for command in ("check", "keys", "simulate", "predict", "join"):
+        assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
+        assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
+
+
+def test_a_new_key(shell: Shell, tmp_path: Path) -> None:
+    assert (
+        transcript(shell, "keys new clinic-a", "keys show clinic-a.key", "keys new clinic-a")
+        == """\
+$ splitsec keys new clinic-a
+  clinic-a: {key: "KEY"}
+Private key: clinic-a.key (keep it here, and a backup in a safe place).
+Paste this line into the graph file, under `parties:`
+$ splitsec keys show clinic-a.key
+  clinic-a: {key: "KEY"}
+$ splitsec keys new clinic-a
+splitsec: clinic-a.key: there is a file already, and a key is never written over another
+  expected: a name that is free
+  to do: choose another --out, or move the old key away
+[exit 2]
+"""
+    )
+    file = tmp_path / "clinic-a.key"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    private = read_key(file)
+    assert shell.run("keys", "show", file).stdout == f'  clinic-a: {{key: "{public_text(public_of(private))}"}}\n'
+
+
+def test_a_key_for_another_party_than_the_file_says(shell: Shell) -> None:
+    assert (
+        transcript(shell, "keys new Clinic.A", "keys show nobody.key", "keys new clinic-a --out nowhere")
+        == """\
+$ splitsec keys new Clinic.A
+splitsec: the name `Clinic.A`
+  expected: 1 to 40 of a-z, 0-9, `-` and `_`, the first a letter or digit
+  to do: rename it, for instance to `clinic-a`
+[exit 2]
+$ splitsec keys show nobody.key
+splitsec: nobody.key: there is no such file
+  expected: a private key file
+  to do: make one with `splitsec keys new`
+[exit 2]
+$ splitsec keys new clinic-a --out nowhere
+splitsec: nowhere/clinic-a.key: cannot be written: No such file or directory
+  expected: a folder that you may write to
+  to do: check --out
+[exit 2]
+"""
+    )
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_key_that_others_may_read(shell: Shell, tmp_path: Path, mode: int) -> None:
+    """Both by the command that shows its public half, and by the one that would use it; the key is never printed."""
+    folder = keyed(shell, write_folder(tmp_path / "small", GRAPH), "clinic-a", "clinic-b", "server")
+    file = folder / "parties" / "server.key"
+    secret = file.read_text().split("\nkey: ")[1].strip()
+    file.chmod(mode)
+    said = f"""\
+splitsec: small/parties/server.key: others may use the file (mode {mode:04o})
+  expected: mode 0600: only its owner
+  to do: run `chmod 600 small/parties/server.key`; if others could have read it, make a new key
+"""
+    for command in ("keys show small/parties/server.key", "join --graph small/graph.yaml --party server --out out"):
+        end = shell.run(*command.split())
+        assert (end.code, end.stdout, end.stderr) == (2, "", said)
+        assert secret not in end.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_with_a_passphrase(shell: Shell, tmp_path: Path) -> None:
+    """From the environment; a wrong one, or none where there is no terminal to ask at, opens nothing."""
+    made = shell.run("keys", "new", "server", "--passphrase", SPLITSEC_PASSPHRASE="correct horse")
+    assert made.code == 0
+    assert "horse" not in made.stdout + made.stderr + (tmp_path / "server.key").read_text()
+    folder = keyed(shell, write_folder(tmp_path / "small", GRAPH), "clinic-a", "clinic-b", "server")
+    os.replace(tmp_path / "server.key", folder / "parties" / "server.key")
+    public = shell.run("keys", "show", folder / "parties" / "server.key").stdout.split('"')[1]
+    text = (folder / "graph.yaml").read_text()
+    change(folder / "graph.yaml", (text.split('server: {key: "')[1].split('"')[0], public))
+    join = ("join", "--graph", "small/graph.yaml", "--party", "server")
+    wrong = shell.run(*join, SPLITSEC_PASSPHRASE="wrong horse")
+    assert wrong.code == 2
+    assert (
+        wrong.stderr
+        == """\
+splitsec: small/parties/server.key: the passphrase does not open the key
+  expected: the passphrase that was set when the key was made, and a file that nobody has changed
+  to do: try again; without it the key is lost: make a new one with `splitsec keys new`
+"""
+    )
+    none = shell.run(*join)
+    assert none.code == 2
+    assert none.stderr.startswith(
+        "splitsec: small/parties/server.key: the key is protected by a passphrase, and none was given\n"
+    )
+
+
+def test_join_with_another_key_than_the_graph_gives(shell: Shell, tmp_path: Path) -> None:
+    folder = keyed(shell, write_folder(tmp_path / "small", GRAPH), "clinic-a", "clinic-b", "server")
+    os.replace(folder / "parties" / "clinic-a.key", folder / "parties" / "server.key")
+    assert (
+        transcript(shell, "join --graph small/graph.yaml --party server")
+        == """\
+$ splitsec join --graph small/graph.yaml --party server
+splitsec: small/graph.yaml:6: the key of 'server' in the graph is not the one in small/parties/server.key
+  expected: the public half of this party's key file
+  to do: compare with `splitsec keys show small/parties/server.key`
+[exit 2]
+"""
+    )
+
+
+def test_join_without_keys(shell: Shell, folder: Path) -> None:
+    assert (
+        transcript(
+            shell,
+            "join --graph small/graph.yaml --party clinic-a",
+            "join --graph small/graph.yaml --party nobody",
+        )
+        == """\
+$ splitsec join --graph small/graph.yaml --party clinic-a
+splitsec: small/graph.yaml:4: party 'clinic-a' has no key
+  expected: a public key for every party, to run over a network
+  to do: run `splitsec keys new clinic-a` at that party and paste the line that it prints
+[exit 2]
+$ splitsec join --graph small/graph.yaml --party nobody
+splitsec: small/parties/nobody.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+"""
+    )
+
+
+def test_no_folder(shell: Shell) -> None:
+    assert (
+        transcript(shell, "simulate nowhere", "check nowhere", "predict nowhere --weights nowhere --out out")
+        == """\
+$ splitsec simulate nowhere
+splitsec: nowhere/graph.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+$ splitsec check nowhere
+splitsec: nowhere/graph.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+$ splitsec predict nowhere --weights nowhere --out out
+splitsec: no folder nowhere
+  expected: the folder that `--out` of a training run wrote
+  to do: train first
+[exit 2]
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--epochs", "0"), ("--epochs", "many"), ("--seed", "-1"), ("--seed", "x")]
+)
+def test_a_number_that_is_none(shell: Shell, folder: Path, option: str, value: str) -> None:
+    end = shell.run("simulate", "small", option, value)
+    assert end.code == 2
+    assert end.stdout == ""
+    assert f"splitsec simulate: error: argument {option}: " in end.stderr
+    assert f"'{value}'" in end.stderr
+
+
+def test_a_place_to_write_that_is_none(shell: Shell, folder: Path) -> None:
+    """Noticed before the training, and not at its end."""
+    (folder.parent / "occupied").write_text("")
+    end = shell.run("simulate", "small", "--out", "occupied")
+    assert end.code == 2
+    assert end.stderr.startswith("splitsec: ")
+    assert "occupied" in end.stderr
+    assert "fault of splitsec" not in end.stderr
+    assert "connected" not in end.stderr
