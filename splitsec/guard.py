@@ -172,7 +172,8 @@ class Guard:
                 )
 
     def _close_event(self, party: str, error: below.TransportsError | None, code: int) -> None:
-        if error is not None:
+        said = error is None or (isinstance(error, below.Lost) and code != CloseCode.LOST)
+        if error is not None and not said:
             self._gone[party] = self._peer_error(party, error)
             raise self._gone[party]
         seen, fix = _GOODBYES.get(code, _GOODBYES[CloseCode.ERROR])
@@ -264,6 +265,9 @@ def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> st
             return f"{len(tensors)} tensors"
     elif lane.kind in ("control", "taken"):
         return f"{len(tensors)} tensors" if tensors else None
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > lane.max_body:
+        return f"{size} bytes, where {lane.max_body} are the most"
     for tensor in tensors.values():
         if lane.dtype:
             shape = tuple(tensor.shape)

@@ -7,9 +7,9 @@ calls both functions; ``transports/channel.py`` carries what they make.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Final
 
 import msgpack
@@ -98,7 +98,7 @@ def decode(header: bytes, body: memoryview) -> Message:
             case _:
                 raise BadMessage("a tensor is not described as [name, dtype, shape]")
         dtype = DTYPES[dtype_name]
-        count = prod(shape)
+        count = math.prod(shape)
         size = count * dtype.itemsize
         if size > len(body) - offset:
             raise BadMessage("the body is shorter than its tensors")
@@ -126,4 +126,4 @@ def finite(tensor: torch.Tensor) -> bool:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

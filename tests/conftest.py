@@ -340,8 +340,9 @@ def folder(tmp_path: Path) -> Path:
 
 def keyed(shell: Shell, folder: Path, *parties: str) -> Path:
     """Make each party's key with ``splitsec keys new``, paste the line that it prints, and name the file."""
-    for party in parties:
-        made = shell.run("keys", "new", party, "--out", folder / "parties")
+    commands = [shell.start("keys", "new", party, "--out", folder / "parties") for party in parties]
+    for party, command in zip(parties, commands, strict=True):
+        made = command.end()
         assert made.code == 0, made.stderr
         key = made.stdout.split("{")[1].split("}")[0]
         graph = (folder / "graph.yaml").read_text()

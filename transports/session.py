@@ -325,7 +325,6 @@ class Session:
                     code = CloseCode(header.number)
                 except ValueError:
                     raise PeerMisbehaved(f"a goodbye with unknown code {header.number}") from None
-                self._control.clear()
                 self._say(ChunkHeader(Kind.CLOSE, number=CloseCode.NORMAL))
                 self._move(Act.GOODBYE)
                 error = None if code is CloseCode.NORMAL else Lost(f"the peer closed the channel ({code.name.lower()})")

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ZeroMQTransport"]
 
+# Plain numbers: pyzmq's flags are enums, and combining them costs more than the calls they are for.
+_POLLIN: Final = int(zmq.POLLIN)
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_SNDMORE: Final = int(zmq.SNDMORE)
+
 _ONLY: Final = 0  # the one connection of a dialing port
 _MONITORED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _MONITOR_EVENT: Final = struct.Struct("=Hi")  # event, descriptor; zmq_socket_monitor(3)
@@ -98,23 +103,23 @@ class _ZeroMQPort(Port):
         self._socket.close(round(1000 * linger))
 
     def _has_frame(self) -> bool:
-        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.get(zmq.EVENTS)) & _POLLIN)
 
     def _monitor_event(self) -> tuple[int, int] | None:
         """Event and descriptor of the connection that it happened to, or None."""
-        if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        if not int(self._monitor.get(zmq.EVENTS)) & _POLLIN:
             return None
-        event, _endpoint = self._monitor.recv_multipart(zmq.DONTWAIT)
+        event, _endpoint = self._monitor.recv_multipart(_DONTWAIT)
         number, descriptor = _MONITOR_EVENT.unpack(event)
         return number, descriptor
 
     def _receive_frame(self) -> zmq.Frame | None:
         """The rest of a ZeroMQ message; None where it has more than one part, which is none of ours."""
-        frame = self._socket.recv(zmq.DONTWAIT, copy=False)
+        frame = self._socket.recv(_DONTWAIT, copy=False)
         if not frame.more:
             return frame
         while self._socket.get(zmq.RCVMORE):
-            self._socket.recv(zmq.DONTWAIT)
+            self._socket.recv(_DONTWAIT)
         return None
 
 
@@ -151,7 +156,7 @@ class _DialingPort(_ZeroMQPort):
         if not self._connected:
             return False  # ZeroMQ would queue it; with IMMEDIATE it would not, but that loses what came in at the end
         try:
-            self._socket.send(frame, zmq.DONTWAIT)
+            self._socket.send(frame, _DONTWAIT)
         except zmq.Again:
             return False
         return True
@@ -171,7 +176,7 @@ class _ListeningPort(_ZeroMQPort):
     def receive(self) -> Event | None:
         while True:
             if self._has_frame():
-                connection = self._socket.recv(zmq.DONTWAIT)
+                connection = self._socket.recv(_DONTWAIT)
                 frame = self._receive_frame()
                 if frame is None:
                     continue
@@ -188,7 +193,7 @@ class _ListeningPort(_ZeroMQPort):
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         assert isinstance(connection, bytes)
         try:
-            self._socket.send(connection, zmq.DONTWAIT | zmq.SNDMORE)
+            self._socket.send(connection, _DONTWAIT | _SNDMORE)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -197,7 +202,7 @@ class _ListeningPort(_ZeroMQPort):
             if connection in self._descriptors and connection not in self._gone:
                 self._gone.append(connection)
             return True
-        self._socket.send(frame, zmq.DONTWAIT)
+        self._socket.send(frame, _DONTWAIT)
         return True
 
     def _meet(self, connection: bytes, frame: zmq.Frame) -> None:

@@ -21,7 +21,6 @@ from splitsec.samples import micro_batch_rows
 from splitsec.schedule import (
     EVALUATE,
     PREDICT,
-    SPLIT,
     TRAIN,
     HandOn,
     Step,
@@ -30,6 +29,8 @@ from splitsec.schedule import (
     run_schedule,
     steps_of,
 )
+
+SAMPLES_OF = {TRAIN: "train", EVALUATE: "test", PREDICT: "predict"}
 
 
 def graph_of(
@@ -179,7 +180,7 @@ def test_the_steps_of_a_turn_take_every_sample_once_in_order(
             if micro.stream == stream
             for row in range(micro.start, micro.start + micro.rows)
         ]
-        count = counts[stream][SPLIT[turn.phase]]
+        count = counts[stream][SAMPLES_OF[turn.phase]]
         dropped = count % batch if graph.training.drop_last and turn.phase == TRAIN else 0
         assert taken == list(range(count - dropped))
 
@@ -197,7 +198,9 @@ def test_a_step_holds_one_batch_of_each_member_that_has_one_cut_as_torch_cuts_it
         found = {stream: [micro.rows for micro in micros] for stream, micros in by_stream}
         assert list(found) == sorted(found), "members in order, the micro-batches of each together"
         for stream, sizes in found.items():
-            rows = min(graph.training.batch_size, counts[stream][SPLIT[turn.phase]] - place * graph.training.batch_size)
+            rows = min(
+                graph.training.batch_size, counts[stream][SAMPLES_OF[turn.phase]] - place * graph.training.batch_size
+            )
             assert sizes == as_torch_splits(rows, graph.training.micro_batches)
 
 

@@ -103,6 +103,10 @@ class Plain(nn.Module):
         """Each member's samples: the fields of all who hold some of them, in the order of the party that leads."""
         return [getattr(self.data, split)()]
 
+    def ids(self, split: str) -> list[list[str]]:
+        """Each member's sample ids, in the same order; numbers of rows where it gives none."""
+        return [[str(row) for row in range(size(one))] for one in self.samples(split)]
+
     def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -266,6 +270,9 @@ class Vertical(Plain):
         draw = getattr(self.data, split)
         return [joined(draw("clinic"), laboratory=draw("laboratory"), registry=draw("registry"))]
 
+    def ids(self, split: str) -> list[list[str]]:
+        return [ids_of(getattr(self.data, split)("clinic"))]
+
     def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
         shapes, textures = self.parts["shapes"](fields["x"]), self.parts["textures"](fields["laboratory.x"])
         return {"trunk": self.parts["trunk"](torch.cat([textures, shapes], 1))}
@@ -368,6 +375,9 @@ class TwoU(Plain):
     def samples(self, split: str) -> list[Fields]:
         draw = getattr(self.data, split)
         return [joined(draw("north"), south=draw("south"))]
+
+    def ids(self, split: str) -> list[list[str]]:
+        return [ids_of(getattr(self.data, split)("north"))]
 
     def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
         north, south = self.parts["north-stem"](fields["x"]), self.parts["south-stem"](fields["south.x"])
@@ -623,9 +633,19 @@ def test_without_evaluation_the_weights_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "network", [Vanilla, UShaped, Vertical, TwoU, Parallel, Precision], ids=lambda network: network.folder
+    ("network", "leaders"),
+    [
+        (UShaped, ["clinic-a", "clinic-b"]),
+        (Vertical, ["clinic"]),
+        (TwoU, ["north"]),
+        (Parallel, ["clinic-a", "clinic-b", "clinic-c"]),
+        (Precision, ["clinic"]),
+    ],
+    ids=["u-shaped", "vertical", "two-u", "parallel", "precision"],
 )
-def test_prediction_across_processes_equals_one_process(network: type[Plain], tmp_path: Path) -> None:
+def test_prediction_across_processes_equals_one_process(
+    network: type[Plain], leaders: list[str], tmp_path: Path
+) -> None:
     plain = network()
     plain.fit(adam)
     for name, held in plain.places.items():
@@ -651,14 +671,5 @@ def test_prediction_across_processes_equals_one_process(network: type[Plain], tm
     for place, parts in expected.items():
         assert torch.equal(found[place], torch.cat(parts)), place
     assert sum(result.predicted.values()) == sum(len(tensor) for tensor in found.values())
-
-
-def test_predictions_stand_in_the_order_of_the_ids_beside_them(tmp_path: Path) -> None:
-    plain = TwoU()
-    for name, (place,) in plain.places.items():
-        file = tmp_path / "weights" / f"{place}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(plain.parts[name].state_dict(), file)
-    folder = prepared(TwoU, tmp_path / "graph", adam)
-    predict(folder, weights=tmp_path / "weights", out=tmp_path / "out")
-    assert json.loads((tmp_path / "out/north/predicted_ids.json").read_text()) == ids_of(plain.data.predict("north"))
+    for leader, ids in zip(leaders, plain.ids("predict"), strict=True):
+        assert json.loads((tmp_path / "out" / leader / "predicted_ids.json").read_text()) == ids

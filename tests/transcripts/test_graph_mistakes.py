@@ -138,8 +138,12 @@ def test_a_mistake_is_told_before_anything_happens(name: str, shell: Shell, fold
     mistake.spoil(folder)
     before = sorted(folder.parent.rglob("*"))
     models = [] if mistake.models else ["--no-models"]
-    for command in (["check", *models, "--svg", "small.svg"], ["simulate", "--out", "out", "--json"]):
-        end = shell.run(command[0], "small", *command[1:])
+    started = [
+        shell.start("check", "small", *models, "--svg", "small.svg"),
+        shell.start("simulate", "small", "--out", "out", "--json"),
+    ]
+    for command in started:
+        end = command.end()
         assert end.stderr == mistake.said
         assert end.stdout == ""
         assert end.code == 2

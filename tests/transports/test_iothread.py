@@ -124,6 +124,18 @@ def test_send_waits_while_too_much_is_queued(party: Make, monkeypatch: pytest.Mo
     assert not sender.is_alive()
 
 
+def test_send_need_not_wait(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iothread, "OUTBOX_BYTES", 1 << 20)
+    monkeypatch.setattr(iothread, "LINK_WINDOW", 16 << 20)
+    meet = Meet(party)
+    for number in range(40):
+        meet.a.io.send(meet.b.key, 1, b"%d" % number, [bytes(1 << 20)], wait=False)
+    for number in range(40):
+        received = meet.b.next()
+        assert isinstance(received, Received)
+        assert received.header == b"%d" % number
+
+
 def test_two_processes_talk(party: Make, tmp_path: Path) -> None:
     script = tmp_path / "echo.py"
     script.write_text(
@@ -508,13 +520,13 @@ def test_a_peer_that_never_comes_up_is_given_up(party: Make, dials: bool) -> Non
 class Chain:
     """A and C have no link; B, whom both dial, forwards."""
 
-    def __init__(self, party: Make, *, forwards: bool = True, c_first: bool = True, **arguments: object) -> None:
+    def __init__(self, party: Make, *, allowed: bool = True, c_first: bool = True, **arguments: object) -> None:
         self.a, self.b, self.c = party(1), party(2), party(3)
         self.party, self.arguments = party, arguments
-        pair = frozenset({self.a.key, self.c.key})
-        self.start(
-            self.b, [self.b.peer(self.a), self.b.peer(self.c)], listen=ANY, forwards={pair} if forwards else set()
-        )
+        pairs = {frozenset({end.key, party(4).key}) for end in (self.a, self.c)}  # and with somebody else
+        if allowed:
+            pairs.add(frozenset({self.a.key, self.c.key}))
+        self.start(self.b, [self.b.peer(self.a), self.b.peer(self.c)], listen=ANY, forwards=pairs)
         self.start_end(self.a, self.c, True)
         if c_first:
             self.start_end(self.c, self.a, False)
@@ -601,15 +613,28 @@ def test_large_messages_pass_both_ways_at_once_and_nothing_piles_up_in_the_middl
 
 
 def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make) -> None:
-    chain = Chain(party, forwards=False, connect_timeout=5)
+    """B forwards for A, and for C, but not between them."""
+    chain = Chain(party, allowed=False)
     assert chain.a.next() == Opened(chain.b.key)
     closed = chain.a.next()
     assert isinstance(closed, Closed)
     assert closed.peer == chain.b.key
     assert closed.code is CloseCode.MISBEHAVED
     assert isinstance(chain.a.next(), Closed)  # C, who can only be reached via B
-    errors = [event.error for event in (chain.b.next(), chain.b.next(), chain.b.next()) if isinstance(event, Closed)]
-    assert [type(error) for error in errors] == [PeerMisbehaved]
+    assert chain.c.next() == Opened(chain.b.key)
+    assert chain.c.io.receive(0.1) is None
+    events = [chain.b.next() for _ in range(3)]
+    assert [type(event.error) for event in events if isinstance(event, Closed)] == [PeerMisbehaved]
+
+
+def test_nobody_is_passed_on_by_who_forwards_nothing(party: Make) -> None:
+    a, b, c = party(1), party(2), party(3)
+    party.start(b, [b.peer(a), b.peer(c)], listen=ANY)  # type: ignore[attr-defined]
+    party.start(a, [a.peer(b, dial=b.io.endpoint), a.peer(c, via=b.key, initiator=True)])  # type: ignore[attr-defined]
+    assert b.next() == Opened(a.key)
+    closed = b.next()
+    assert isinstance(closed, Closed)
+    assert "we forward nothing with this peer" in str(closed.error)
 
 
 def test_the_one_in_the_middle_cannot_speak_for_the_far_end(party: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -628,7 +653,7 @@ def test_the_one_in_the_middle_cannot_speak_for_the_far_end(party: Make, caplog:
     open_channel.forward(channel.Relay(lambda: frames.pop() if frames else None))
     b.io.send(a.key, 1, b"after the forgery")
     assert a.next() == Received(b.key, 1, b"after the forgery", memoryview(b""))
-    assert "refused by us" in caplog.text
+    assert str(Refused(RefusalReason.UNKNOWN_KEY, by_peer=False)) in caplog.text
     assert a.io.receive(0.1) is None
 
 

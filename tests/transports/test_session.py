@@ -396,6 +396,19 @@ def test_goodbyes_may_cross() -> None:
     assert [session.state for session in ends(wire)] == [State.CLOSED, State.CLOSED]
 
 
+def test_a_goodbye_that_has_not_left_yet_still_does_when_the_other_comes() -> None:
+    clock = FakeClock()
+    dialer, listener = ends(opened(clock))
+    listener.close(CloseCode.NORMAL)
+    (theirs,) = listener.frames_to_send(lend)
+    dialer.close(CloseCode.ERROR)
+    assert dialer.receive(memoryview(theirs), clock.now) == [Ended(None, CloseCode.NORMAL)]
+    (ours,) = dialer.frames_to_send(lend)
+    (ended,) = listener.receive(memoryview(ours), clock.now)
+    assert isinstance(ended, Ended)
+    assert ended.code is CloseCode.ERROR
+
+
 def test_nothing_is_sent_after_goodbye_and_everything_before_it_arrives() -> None:
     clock = FakeClock()
     dialer, listener = ends(opened(clock))
