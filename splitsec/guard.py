@@ -265,9 +265,6 @@ def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> st
             return f"{len(tensors)} tensors"
     elif lane.kind in ("control", "taken"):
         return f"{len(tensors)} tensors" if tensors else None
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    if size > lane.max_body:
-        return f"{size} bytes, where {lane.max_body} are the most"
     for tensor in tensors.values():
         if lane.dtype:
             shape = tuple(tensor.shape)
@@ -283,4 +280,5 @@ def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> st
                 return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
         if not finite(tensor):
             return "NaN or infinite values"
-    return None
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return f"{size} bytes, where {lane.max_body} are the most" if size > lane.max_body else None

@@ -86,7 +86,7 @@ def test_labels_that_are_not_what_the_data_hold(folder: Path) -> None:
 
 
 def test_a_loss_that_does_not_fit_the_output(folder: Path) -> None:
-    """Four scores with a target each are no four classes."""
+    """Three scores for each sample, and one target."""
     change(
         folder / "graph.yaml",
         ("loss: cross_entropy", "loss: bce_with_logits"),
@@ -96,13 +96,13 @@ def test_a_loss_that_does_not_fit_the_output(folder: Path) -> None:
     with pytest.raises(GraphError) as error:
         checked(folder)
     assert error.value.line == LABELS
-    assert "the loss of segment 'trunk', given output [2, 3] and labels [2], failed: ValueError" in error.value.seen
+    assert "the loss of segment 'trunk', given [2, 3] and labels [2], failed: ValueError" in error.value.seen
 
 
 def test_a_module_that_fails_at_its_source(folder: Path) -> None:
     """There is no cut to blame: file and line are the user's own."""
     model(folder, "nn.Linear(5, 8)")
-    with pytest.raises(PartyFileError, match="segment 'stem', given .*2, 6.* float32 .* failed: RuntimeError"):
+    with pytest.raises(PartyFileError, match=r"segment 'stem', given \[2, 6\] float32 .* failed: RuntimeError"):
         checked(folder)
 
 

@@ -46,8 +46,8 @@ from tests.conftest import PATIENCE, SOURCE, ended
             ZeroDivisionError("division by zero"),
             {
                 "code": "InternalError",
-                "text": "ZeroDivisionError: division by zero\n  to do: this is a fault of splitsec: please report it with "
-                "the lines above",
+                "text": "ZeroDivisionError: division by zero\n"
+                "  to do: this is a fault of splitsec: please report it with the lines above",
                 "exit_code": 70,
                 "peer": None,
             },
@@ -93,14 +93,15 @@ def test_start_up_without_the_compiler() -> None:
         "from splitsec.process import prepare\n"
         "prepare(1)\n"
         "layer = torch.nn.Linear(2, 2)\n"
-        "optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)\n"
-        "layer(torch.ones(1, 2)).sum().backward()\n"
-        "optimizer.step()\n"
-        "optimizer.zero_grad()\n"
-        "optimizer.load_state_dict(optimizer.state_dict())\n"
-        "print('torch._dynamo' in sys.modules, torch.get_num_threads())\n"
+        "for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):\n"
+        "    optimizer = kind(layer.parameters(), lr=0.1)\n"
+        "    layer(torch.ones(1, 2)).sum().backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "    print(kind.__name__, 'torch._dynamo' in sys.modules, torch.get_num_threads())\n"
     )
-    assert run(program) == "False 1\n"
+    assert run(program) == "SGD False 1\nAdam False 1\nAdamW False 1\nRMSprop False 1\n"
 
 
 def start() -> subprocess.Popen[bytes]:

@@ -400,14 +400,15 @@ class SideBranch(Plain):
         "side": ("clinic/side",),
     }
     losses: ClassVar = {
+        "third": Loss(functional.cross_entropy, "y", 0.2),
         "fourth": Loss(functional.cross_entropy, "y"),
         "side": Loss(functional.binary_cross_entropy_with_logits, "bright", 0.4),
     }
 
     def forward(self, member: int, fields: Fields) -> dict[str, Tensor]:
         branching = self.parts["second"](self.parts["first"](fields["x"]))
-        end = self.parts["fourth"](self.parts["third"](branching))
-        return {"fourth": end, "side": self.parts["side"](branching)}
+        third = self.parts["third"](branching)
+        return {"third": third, "fourth": self.parts["fourth"](third), "side": self.parts["side"](branching)}
 
 
 # --- what else can go wrong
