@@ -22,7 +22,7 @@ from splitsec.errors import PeerLost, PeerMisbehaved, SamplesError
 from splitsec.graph import Graph
 from splitsec.guard import Guard
 from splitsec.messages import Message
-from splitsec.plan import CONTROL, ORDER
+from splitsec.plan import CONTROL, ORDER, taking_part
 from splitsec.samples import FINGERPRINT, Mismatch, Samples, fingerprints, match
 
 __all__ = ["Gossip", "agree_on_order"]
@@ -149,7 +149,7 @@ class Gossip:
         self._party = party
         self._neighbours = neighbours
         self._streams = graph.streams
-        self._everyone = _taking_part(graph)
+        self._everyone = taking_part(graph)
         self._counts: dict[int, dict[str, int]] = {}
         self._done: set[str] = set()
 
@@ -209,8 +209,3 @@ class Gossip:
             if neighbour != said_by:
                 with suppress(*left):
                     self._guard.release((neighbour, CONTROL), Message("control", facts=facts))
-
-
-def _taking_part(graph: Graph) -> set[str]:
-    """Parties that run: they hold segments, data or labels, or link two that do."""
-    return {end for link in graph.links() for end in link} or set(graph.parties)

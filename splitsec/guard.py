@@ -21,9 +21,6 @@ from splitsec.transports.iothread import CloseCode, Closed, Event, Opened, Recei
 
 __all__ = ["Guard", "MessageThread", "Traffic"]
 
-MOST_WAITING: Final = 65_536
-"""Messages that may wait on one lane: far above the micro-batches of a few steps, far below what would fill memory."""
-
 LaneKey = tuple[str, int]
 
 
@@ -110,8 +107,8 @@ class Guard:
         except BadMessage as error:
             raise PeerMisbehaved(f"sent an unreadable message for {declared.name}: {error}", party=party) from error
         complaint = _complaint(declared, message, self._last_in.get(key))
-        if complaint is None and len(self._waiting[key]) >= MOST_WAITING:
-            complaint = f"more than {MOST_WAITING} messages ahead of us"
+        if complaint is None and len(self._waiting[key]) >= declared.most_waiting:
+            complaint = f"more than {declared.most_waiting} messages ahead of us"
         if complaint is not None:
             raise PeerMisbehaved(
                 f"{declared.kind} of {declared.name}: {complaint}", party=party, expected=_declaration(declared)

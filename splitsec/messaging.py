@@ -13,7 +13,7 @@ import torch
 from splitsec.errors import EgressRefused, UserError
 from splitsec.graph import Exchange, Graph
 from splitsec.messages import Message
-from splitsec.party import open_guard, peers_of
+from splitsec.party import open_guard
 from splitsec.plan import exchange_lane, make_plan
 from splitsec.transports.iothread import CloseCode
 
@@ -21,7 +21,7 @@ __all__ = ["Line", "open_line"]
 
 
 def open_line(graph: Graph, party: str, *, private_key: bytes, listen: str | None = None) -> Line:
-    """Connect ``party`` with every peer that the graph gives it, and return its end of the exchanges.
+    """Connect ``party`` with every party that it exchanges tensors with, and return its end of the exchanges.
 
     ``private_key``: 32 bytes, from ``read_key``.  ``listen``: where to bind, in place of the graph's ``listen``.
     Raises ``PeerUnreachable`` or ``PeerRefusedUs`` if a peer does not come up or turns us down.
@@ -42,9 +42,10 @@ class Line:
         self._party = party
         self._exchanges = {exchange.name: exchange for exchange in graph.exchanges}
         self._sent = 0
-        self._guard = open_guard(graph, make_plan(graph, party), private_key, listen=listen)
+        plan = make_plan(graph, party, exchanges=True)
+        self._guard = open_guard(graph, plan, private_key, listen=listen)
         try:
-            self._guard.open_all(peers_of(graph, party))
+            self._guard.open_all(plan.peers)
         except BaseException:
             self.close(failed=True)
             raise

@@ -25,7 +25,7 @@ from splitsec.guard import Guard
 from splitsec.identity import parse_public
 from splitsec.messages import Message
 from splitsec.partyfile import PartyFile
-from splitsec.plan import Plan, make_plan, weights_lane
+from splitsec.plan import ORDER, Plan, make_plan, weights_lane
 from splitsec.probe import check_shapes
 from splitsec.samples import Samples, epoch_order, read_own
 from splitsec.schedule import (
@@ -39,6 +39,7 @@ from splitsec.schedule import (
     steps_of,
 )
 from splitsec.segments import Segment, build_segments
+from splitsec.transports.errors import TransportsError
 from splitsec.transports.iothread import CloseCode, IOThread, Peer
 
 __all__ = ["Job", "Party", "Report", "run_party"]
@@ -84,13 +85,17 @@ def run_party(
         party.run()
         party.save()
         reason = CloseCode.NORMAL
+    except KeyboardInterrupt:
+        reason = CloseCode.STOPPED
+        raise
     finally:
         party.close(reason)
 
 
 def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | None = None) -> Guard:
-    """The door of ``plan.party`` with its I/O thread started: listening, dialling, and forwarding for others where it
-    must.
+    """The door of ``plan.party`` with its I/O thread started: it listens, dials, and forwards for others.
+
+    Raises ``GraphError`` where a party has no key, ``UserError`` where the address to listen at is taken.
     """
     name = plan.party
     keys: dict[str, bytes] = {}
@@ -109,20 +114,20 @@ def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | No
         return {number: lane.max_body for (other, number), lane in plan.lanes_in.items() if other == peer}
 
     peers = []
-    for link in graph.links():
+    for link in plan.links:
         if name == link.dialer:
             peers.append(
                 Peer(keys[link.listener], dial=graph.parties[link.listener].dialled, lanes=lanes(link.listener))
             )
-        elif name == link.listener:
+        else:
             peers.append(Peer(keys[link.dialer], lanes=lanes(link.dialer)))
     forwards = []
-    for pair in graph.forwarded():
-        if name in (pair.first, pair.second):
+    for pair in plan.forwarded:
+        if name == pair.via:
+            forwards.append(frozenset((keys[pair.first], keys[pair.second])))
+        else:
             other = pair.second if name == pair.first else pair.first
             peers.append(Peer(keys[other], via=keys[pair.via], initiator=name == pair.first, lanes=lanes(other)))
-        elif name == pair.via:
-            forwards.append(frozenset((keys[pair.first], keys[pair.second])))
     thread = IOThread(
         private_key=private_key,
         digest=digest(graph),
@@ -132,24 +137,15 @@ def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | No
         connect_timeout=graph.timeouts.connect,
         lost_after=graph.timeouts.lost,
     )
-    thread.start()
-    return Guard(
-        plan, {other: keys[other] for other in peers_of(graph, name)}, thread, connect_timeout=graph.timeouts.connect
-    )
-
-
-def peers_of(graph: Graph, name: str) -> tuple[str, ...]:
-    """Parties that ``name`` has a channel with: over a link, or forwarded by a third."""
-    pairs = [
-        *((link.dialer, link.listener) for link in graph.links()),
-        *((f.first, f.second) for f in graph.forwarded()),
-    ]
-    return tuple(b if a == name else a for a, b in pairs if name in (a, b))
-
-
-def neighbours_of(graph: Graph, name: str) -> tuple[str, ...]:
-    """Parties that ``name`` has a link with."""
-    return tuple(a if b == name else b for a, b in graph.links() if name in (a, b))
+    try:
+        thread.start()
+    except TransportsError as error:
+        raise UserError(
+            f"{name} cannot listen at {listen or graph.parties[name].listen}: {error}",
+            expected="an address of this machine that nobody else listens at",
+            fix="look what uses it, or give another `listen` in the party file",
+        ) from error
+    return Guard(plan, {peer: keys[peer] for peer in plan.peers}, thread, connect_timeout=graph.timeouts.connect)
 
 
 class Party:
@@ -163,7 +159,6 @@ class Party:
         self.job = job
         self.report = report
         self.plan = make_plan(graph, self.name)
-        self.neighbours = neighbours_of(graph, self.name)
         self.segments = build_segments(graph, party_file)
         if job.weights is not None:
             load_segments(self.segments, job.weights, self.name)
@@ -203,7 +198,7 @@ class Party:
         """Open a channel to every peer.  Raises ``PeerUnreachable``, ``PeerRefusedUs``."""
         self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen)
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
-        self._guard.open_all(peers_of(self.graph, self.name))
+        self._guard.open_all(self.plan.peers)
         self.report({"event": "connected"})
 
     def agree(self) -> None:
@@ -213,6 +208,12 @@ class Party:
             holders = self._holders(stream.stream)
             if self.name not in holders:
                 continue
+            if any((holder, ORDER) not in self.plan.lanes_out for holder in holders[1:] if self.name == holders[0]):
+                raise UserError(
+                    f"{', '.join(holders)} hold samples to predict, but only agree on their order through a party that "
+                    "holds labels",
+                    expected="the first holder of samples in a group to hold data, not labels alone",
+                )
             self.rows[stream.stream] = agree_on_order(
                 self.graph, self.name, self.guard, stream.stream, self.own, holders
             )
@@ -220,7 +221,7 @@ class Party:
                 led[stream.stream] = {
                     split: len(self.rows[stream.stream].get(split, ())) for split in ("train", "test", "predict")
                 }
-        self.gossip = Gossip(self.graph, self.name, self.guard, self.neighbours)
+        self.gossip = Gossip(self.graph, self.name, self.guard, self.plan.neighbours)
         self.counts = self.gossip.agree_on_counts(led)
         self.report({"event": "agreed", "counts": self.counts})
         if self.job.action == "train" and not any(counts["train"] for counts in self.counts):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from splitsec.errors import InternalError
-from splitsec.graph import DTYPE_BYTES, Graph
+from splitsec.graph import DTYPE_BYTES, Forwarded, Graph, Link
 
-__all__ = ["CONTROL", "ORDER", "Edge", "Lane", "Plan", "Stage", "StreamPlan", "make_plan"]
+__all__ = ["CONTROL", "ORDER", "Edge", "Lane", "Plan", "Stage", "StreamPlan", "make_plan", "taking_part"]
 
 Kind = Literal["control", "order", "weights", "activation", "gradient", "labels", "taken", "exchange"]
 
@@ -47,6 +47,8 @@ class Lane:
     dtype: str = ""
     rows: int | None = None
     """Most samples (first dimension) in one message; None where there is no batch dimension."""
+    most_waiting: int = 1024
+    """Messages that may wait here; an honest peer is never further ahead."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,21 @@ class Plan:
     """What may arrive, by (peer, lane number)."""
     lanes_out: dict[tuple[str, int], Lane]
     """What may leave, by (peer, lane number)."""
+    links: tuple[Link, ...]
+    """The links that this party is an end of."""
+    forwarded: tuple[Forwarded, ...]
+    """The pairs without a link that this party belongs to, or forwards for."""
+
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """Parties that this one has a link with."""
+        return tuple(link.dialer if link.listener == self.party else link.listener for link in self.links)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Parties that this one has a channel with: over a link, or forwarded by a third."""
+        pairs = [(pair.first, pair.second) for pair in self.forwarded if pair.via != self.party]
+        return (*self.neighbours, *(b if a == self.party else a for a, b in pairs))
 
     def __str__(self) -> str:
         lines = [f"{self.party}:"]
@@ -175,6 +192,13 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
         )
 
 
+def taking_part(graph: Graph) -> frozenset[str]:
+    """The parties that a training or prediction needs: they hold segments, data or labels, or forward for two that do."""
+    places = [segment.at for segment in graph.segments.values()] + [labels.source for labels in graph.labels]
+    working = {member for place in places for member in graph.members(place)}
+    return frozenset(working | {pair.via for pair in graph.forwarded() if {pair.first, pair.second} <= working})
+
+
 def weights_lane(graph: Graph, segment: str) -> int:
     """Lane on which ``segment``'s weights are handed from one member of its group to the next."""
     return (
@@ -197,8 +221,11 @@ def _size(shape: tuple[int, ...], dtype: str) -> int:
     return size
 
 
-def make_plan(graph: Graph, party: str) -> Plan:
-    """The plan of ``party``: its stages for every stream, and the lanes that may carry its messages."""
+def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
+    """The plan of ``party``: its stages for every stream, and the lanes that may carry its messages.
+
+    A run connects the parties that take part in it; with ``exchanges``, the pairs that exchange tensors are connected.
+    """
     if party not in graph.parties:
         raise InternalError(f"no plan for unknown party {party!r}")
     lanes_in: dict[tuple[str, int], Lane] = {}
@@ -215,6 +242,8 @@ def make_plan(graph: Graph, party: str) -> Plan:
         both(link.listener, link.dialer, CONTROL, "control", "control", CONTROL_BODY)
 
     rows = -(-graph.training.batch_size // graph.training.micro_batches)
+    # Neighbours are at most one step apart, so two parties are at most as many apart as there are parties.
+    ahead = graph.training.micro_batches * graph.streams * (len(graph.parties) + 1)
     streams = []
     for stream in range(graph.streams):
         edges = list(_edges(graph, stream))
@@ -223,7 +252,7 @@ def make_plan(graph: Graph, party: str) -> Plan:
         for kind, edge in edges:
             name = f"{edge.source} -> {edge.target}"
             size = rows * _size(edge.shape, edge.dtype)
-            declared = {"shape": edge.shape, "dtype": edge.dtype, "rows": rows}
+            declared = {"shape": edge.shape, "dtype": edge.dtype, "rows": rows, "most_waiting": ahead}
             if kind == "cut":
                 both(edge.source_party, edge.target_party, edge.lane, "activation", name, size, **declared)
                 both(edge.target_party, edge.source_party, edge.back_lane, "gradient", name, size, **declared)
@@ -272,4 +301,11 @@ def make_plan(graph: Graph, party: str) -> Plan:
             shape=tuple(exchange.shape),
             dtype=exchange.dtype,
         )
-    return Plan(party, tuple(streams), lanes_in, lanes_out)
+    if exchanges:
+        wanted = {frozenset((exchange.source, exchange.target)) for exchange in graph.exchanges}
+        links = tuple(link for link in graph.links() if party in link and frozenset(link) in wanted)
+        return Plan(party, (), lanes_in, lanes_out, links, ())
+    working = taking_part(graph)
+    links = tuple(link for link in graph.links() if party in link and working.issuperset(link))
+    forwarded = tuple(pair for pair in graph.forwarded() if party in pair and working.issuperset(pair))
+    return Plan(party, tuple(streams), lanes_in, lanes_out, links, forwarded)

@@ -8,12 +8,14 @@ open: when it closes, the parent is gone and the process ends.  Not here: the pa
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,18 +38,39 @@ def prepare(threads: int | None) -> None:
 def _leave_the_compiler_out() -> None:
     """Keep torch.optim from importing torch's compiler, which no party uses.
 
-    torch wraps four optimiser methods so that the compiler skips them, and imports it (about two seconds of processor
-    time in every party) on the first call.  The wrapper looks for the unwrapped function in an attribute first; we
-    put it there. Where torch works otherwise, this does nothing.
+    torch imports it (one to two seconds of processor time in every party) on the first call of a few optimiser methods:
+    four are wrapped so that the compiler skips them, and the wrapper looks for the unwrapped function in an attribute
+    first, where we put it; ``step`` is wrapped to tell the compiler where gradients are off, which we do without telling.
+    Where torch works otherwise, this does nothing.
     """
-    from torch.optim import Optimizer
+    import torch
 
     if "torch._dynamo" in sys.modules:
         return
     for name in ("add_param_group", "zero_grad", "load_state_dict", "state_dict"):
-        plain = getattr(getattr(Optimizer, name, None), "__wrapped__", None)
+        plain = getattr(getattr(torch.optim.Optimizer, name, None), "__wrapped__", None)
         if plain is not None and not hasattr(plain, "__dynamo_disable"):
             plain.__dynamo_disable = plain
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            step = vars(kind).get("step")
+            if (
+                step is not None
+                and getattr(step, "__code__", None) is not None
+                and step.__code__.co_name == "_use_grad"
+            ):
+                kind.step = _without_gradients(step.__wrapped__)  # type: ignore[method-assign]
+
+
+def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return step(self, *args, **kwargs)
+
+    return plain
 
 
 def described(error: BaseException) -> dict[str, Any]:
@@ -116,7 +139,7 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
 
     run_party(
         parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
-        load_party(assignment["party_file"]),
+        load_party(assignment["party_file"]).model_copy(update={"listen": None}),  # it listens on loopback here
         private_key=base64.b64decode(assignment["key"]),
         job=Job(
             action=job["action"],

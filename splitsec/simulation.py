@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
 from splitsec.partyfile import Folder, load_folder
+from splitsec.plan import taking_part
 from splitsec.schedule import TRAIN, Turn, run_schedule, steps_of
 
 __all__ = ["Result", "Watch", "predict", "simulate"]
@@ -129,6 +130,16 @@ def _checked(folder: str | Path, **training: int | None) -> Folder:
     from splitsec.probe import probe
 
     loaded = load_folder(folder)
+    if not loaded.graph.segments:
+        raise loaded.graph.error(
+            "the graph has no segments, so there is nothing to run",
+            expected="at least one segment",
+            fix="exchange tensors without training through `splitsec.open_line` (docs/api.md)",
+        )
+    if training.get("seed") is not None and not 0 <= training["seed"] < 2**63:  # type: ignore[operator]
+        raise UserError(
+            f"seed {training['seed']}", expected="a whole number from 0 to 2^63 - 1", fix="choose another --seed"
+        )
     given = {name: value for name, value in training.items() if value is not None}
     if given:
         changed = loaded.graph.training.model_copy(update=given)
@@ -195,7 +206,8 @@ class _Processes:
             address = self._loopback() if party.listen is not None else None
             addresses[name] = (address, address)
         self.graph = self.graph.with_keys(public, addresses)
-        running = [name for name in self.graph.parties if name in self.folder.parties]
+        taking = taking_part(self.graph)
+        running = [name for name in self.graph.parties if name in taking and name in self.folder.parties]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shared = max(1, cores // max(1, len(running)))
         for name in running:
@@ -426,6 +438,8 @@ def _crossed(party: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """One lane as a row of the result: ``from`` and ``to`` as the edge stands in the graph, the parties beside them."""
     backward = row["kind"] in ("gradient", "taken")
     source, _, target = row["name"].partition(" -> ")
+    if row["kind"] == "order":
+        source, target = party, row["peer"]
     return {
         "from": source,
         "to": target or source,

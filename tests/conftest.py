@@ -199,7 +199,7 @@ class Command:
     def end(self, patience: float = PATIENCE) -> Ended:
         """Wait for its end."""
         started = time.monotonic()
-        assert ended(self.ending, patience), f"{self.process.args} still runs after {patience} s:\n{self.err.text}"
+        assert ended(self.ending, patience), f"{self.process.args!r} still runs after {patience} s:\n{self.err.text}"
         seconds = time.monotonic() - started
         return Ended(self.process.wait(), self.out.to_its_end(), self.err.to_its_end(), seconds)
 

@@ -221,9 +221,7 @@ class IOThread:
             raise bound
         self._endpoint = bound or None
 
-    def send(
-        self, peer: bytes, lane: int, header: bytes, body: Sequence[Buffer] = (), *, wait: bool = True
-    ) -> None:
+    def send(self, peer: bytes, lane: int, header: bytes, body: Sequence[Buffer] = (), *, wait: bool = True) -> None:
         """Queue one message.  The buffers of ``body`` are sent as one, and are lent until the message has left.
 
         Waits while more than OUTBOX_BYTES are queued for this peer, unless told not to: two sides that both wait here

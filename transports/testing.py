@@ -213,6 +213,8 @@ class TransportConformance(ABC):
                 assert taken < 40 * QUEUED_FRAMES, "it takes whatever it gets"
             for number in range(taken):
                 assert bytes(ends.next_frame(ends.listening)[:8]) == number.to_bytes(8, "big")
+            readable, _, _ = select.select(ends.dialing.descriptors(), [], [], _PATIENCE)
+            assert readable, "nobody was told that there is room again"
             ends.send(ends.dialing, b"and on it goes")
             assert bytes(ends.next_frame(ends.listening)) == b"and on it goes"
 

@@ -4,6 +4,9 @@ Here: one ROUTER for a listening port, one DEALER for a dialing port, and what m
 repeats nothing behind our back.  Not here: encryption (ZeroMQ's own is not used), retries after a connection broke,
 heartbeats (``session``).
 
+Frames are copied into ZeroMQ's memory.  Handing ours over (zero copy) was measured and gains nothing up to 64 MiB, at
+the price of one more thread.
+
 ZeroMQ reconnects on its own.  For us a connection is over once it broke: a dialing port then says ``Disconnected`` and
 is thrown away, and what ZeroMQ had queued goes with it.  At a ROUTER the routing id is the connection; ZeroMQ gives a
 new one each time.
@@ -67,6 +70,8 @@ class ZeroMQTransport(Transport):
 
     def dial(self, address: str) -> Port:
         """Connect a DEALER; it goes on trying."""
+        # Nothing is sent before Connected, so ZeroMQ has nothing to queue for a connection that is not there.  Its
+        # IMMEDIATE says the same, but with it a connection's end loses frames that had come in and were not read yet.
         dealer = _socket(self._context, zmq.DEALER, address)
         dealer.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         dealer.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
@@ -153,8 +158,6 @@ class _DialingPort(_ZeroMQPort):
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         if self._broken:
             return True
-        if not self._connected:
-            return False  # ZeroMQ would queue it; with IMMEDIATE it would not, but that loses what came in at the end
         try:
             self._socket.send(frame, _DONTWAIT)
         except zmq.Again:

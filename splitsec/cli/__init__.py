@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SplitsecError as error:
         return _failed(error)
     except KeyboardInterrupt:
-        print("splitsec: stopped by Ctrl-C; every process that was started has ended", file=sys.stderr)
+        print("splitsec: stopped by Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

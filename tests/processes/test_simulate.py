@@ -135,7 +135,10 @@ def test_user_code_that_fails_in_a_step(shell: Shell, folder: Path) -> None:
 
 
 def test_standard_output_is_one_json_document(shell: Shell, folder: Path) -> None:
-    """User code that prints, in every function and also below Python, does not spoil it."""
+    """User code that prints, in every function and also below Python, does not spoil it.
+
+    The same run shows that the compute threads are shared out: cores by parties, and at least one for each.
+    """
     for file, begin in (("models.py", "def stem"), ("data.py", "def train")):
         noisy = 'import os\nprint("rubbish from Python")\nos.write(1, b"rubbish from below\\n")\n'
         change(folder / "parties" / file, (begin, f"{noisy}\n\n{begin}"))
@@ -155,6 +158,8 @@ def test_standard_output_is_one_json_document(shell: Shell, folder: Path) -> Non
         assert 0.5 < loss < 2.0  # log 3 = 1.1 for a guess among three
     (accuracy,) = found["metrics"]["eval_accuracy"]
     assert accuracy * 16 == round(accuracy * 16)  # of 16 test samples in all
+    for party in ("clinic-a", "clinic-b", "server"):
+        assert int(shell.hear("step", party, "1")[4]) == max(1, len(os.sched_getaffinity(0)) // 3)
     directions = {(row["from"], row["to"], row["direction"], row["sender"]) for row in found["cuts"]}
     for clinic in ("clinic-a", "clinic-b"):
         assert ("stem", "trunk", "forward", clinic) in directions
@@ -174,20 +179,15 @@ training: {epochs: 1, batch_size: 8, seed: 7}
 """
 
 
-@pytest.mark.parametrize("parties", [1, 3])
-def test_compute_threads_are_shared_out(shell: Shell, tmp_path: Path, parties: int) -> None:
-    if parties == 1:
-        folder = write_folder(tmp_path / "alone", ONE_PARTY, clinics=())
-        change(folder / "parties" / "models.py", ("nn.Sequential(nn.ReLU(), Watched(8, 3, **args))", "stem(**args)"))
-        with (folder / "parties" / "server.yaml").open("a") as file:
-            file.write('data: {train: "data:train", args: {site: 0}}\n')
-    else:
-        folder = write_folder(tmp_path / "small")
-    end = shell.run("simulate", folder, "--epochs", "1", "--quiet")
+def test_a_single_party_has_all_cores(shell: Shell, tmp_path: Path) -> None:
+    """Several share them: see above."""
+    folder = write_folder(tmp_path / "alone", ONE_PARTY, clinics=())
+    change(folder / "parties" / "models.py", ("nn.Sequential(nn.ReLU(), Watched(8, 3, **args))", "stem(**args)"))
+    with (folder / "parties" / "server.yaml").open("a") as file:
+        file.write('data: {train: "data:train", args: {site: 0}}\n')
+    end = shell.run("simulate", folder, "--quiet")
     assert end.code == 0, end.stderr
-    expected = max(1, len(os.sched_getaffinity(0)) // parties)
-    for party in ["server", "clinic-a", "clinic-b"][:parties]:
-        assert int(shell.hear("step", party, "1")[4]) == expected
+    assert int(shell.hear("step", "server", "1")[4]) == len(os.sched_getaffinity(0))
 
 
 def test_ten_parties_start(shell: Shell, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,13 +89,13 @@ def test_messages_sent_before_the_peer_is_there_arrive_first(party: Make) -> Non
 
 
 def test_a_small_message_is_not_held_back_by_a_large_one(party: Make) -> None:
-    meet = Meet(party)
-    meet.a.io.send(meet.b.key, 1, b"large", [bytes(64 << 20)])
-    meet.a.io.send(meet.b.key, 2, b"small")
-    assert [event.header for event in (meet.b.next(), meet.b.next()) if isinstance(event, Received)] == [
-        b"small",
-        b"large",
-    ]
+    a, b = party(1), party(2)
+    party.start(a, [a.peer(b)], listen=ANY)  # type: ignore[attr-defined]
+    a.io.send(b.key, 1, b"large", [bytes(64 << 20)])
+    a.io.send(b.key, 2, b"small")
+    party.start(b, [b.peer(a, dial=a.io.endpoint)])  # type: ignore[attr-defined]
+    assert b.next() == Opened(a.key)
+    assert [event.header for event in (b.next(), b.next()) if isinstance(event, Received)] == [b"small", b"large"]
 
 
 def test_send_waits_while_too_much_is_queued(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:

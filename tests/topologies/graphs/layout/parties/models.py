@@ -14,11 +14,10 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.relu = nn.ReLU()
         self.layers = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.layers(self.relu(x).flatten(2).transpose(1, 2))
+        tokens: Tensor = self.layers(x.flatten(2).transpose(1, 2))
         return tokens.transpose(1, 2).unflatten(2, (8, 8))
 
 
