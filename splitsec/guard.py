@@ -217,7 +217,7 @@ _REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
     },
     below.RefusalReason.DIGEST_DIFFERS: {
         "expected": "the same graph file, to the character, at every party",
-        "fix": "compare both graph files (`splitsec check` prints the digest)",
+        "fix": "compare both graph files (`splitsec check graph.yaml` prints the digest)",
     },
     below.RefusalReason.WRONG_KEY: {
         "expected": "the party at that address to hold the key that the graph file gives it",

@@ -193,7 +193,7 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
 
 
 def taking_part(graph: Graph) -> frozenset[str]:
-    """The parties that a training or prediction needs: they hold segments, data or labels, or forward for two that do."""
+    """The parties that a training or prediction needs: they hold segments, data or labels, or forward for such."""
     places = [segment.at for segment in graph.segments.values()] + [labels.source for labels in graph.labels]
     working = {member for place in places for member in graph.members(place)}
     return frozenset(working | {pair.via for pair in graph.forwarded() if {pair.first, pair.second} <= working})

@@ -40,7 +40,7 @@ def _leave_the_compiler_out() -> None:
 
     torch imports it (one to two seconds of processor time in every party) on the first call of a few optimiser methods:
     four are wrapped so that the compiler skips them, and the wrapper looks for the unwrapped function in an attribute
-    first, where we put it; ``step`` is wrapped to tell the compiler where gradients are off, which we do without telling.
+    first, where we put it; ``step`` is wrapped to tell the compiler where gradients are off, which we do untold.
     Where torch works otherwise, this does nothing.
     """
     import torch

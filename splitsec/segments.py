@@ -241,8 +241,8 @@ class Segment:
 class _Seed(torch.autograd.Function):
     """Ends a segment's autograd graph: whoever goes backward from its result gives the outputs the gradients it holds.
 
-    ``torch.autograd.backward(outputs, gradients)`` would do the same, after importing torch's symbolic shapes to compare
-    two sizes that the guard has compared already (half a second in every party).
+    ``torch.autograd.backward(outputs, gradients)`` would do the same, after importing torch's symbolic shapes to
+    compare two sizes that the guard has compared already (half a second in every party).
     """
 
     @staticmethod

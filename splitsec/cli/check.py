@@ -19,6 +19,7 @@ the shapes that the graph declares; then draw the graph.  Nothing is started, no
   splitsec check examples/vanilla
   splitsec check examples/u-shaped --svg u-shaped.svg
   splitsec check examples/vertical --no-models     only the files: none of the parties' own code runs
+  splitsec check graph.yaml                        only the graph file: what a site can do that has no other's files
 """
 
 
@@ -30,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="folder with graph.yaml and parties/")
+    parser.add_argument("folder", metavar="FOLDER", help="folder with graph.yaml and parties/, or a graph file alone")
     parser.add_argument("--svg", metavar="FILE", help="write the picture to FILE, too; - for standard output alone")
     parser.add_argument("--json", action="store_true", help="print what was found as one JSON document")
     parser.add_argument(
@@ -42,9 +43,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and draw; any mistake is raised before anything is written."""
-    from splitsec.partyfile import load_folder
+    from splitsec.contract import digest
+    from splitsec.graph import load_graph
+    from splitsec.partyfile import Folder, load_folder
 
-    folder = load_folder(arguments.folder)
+    place = Path(arguments.folder)
+    if place.is_file():  # a site has the graph file and its own party file, not the others'
+        folder = Folder(place.parent, load_graph(place), {})
+    else:
+        folder = load_folder(place)
     if not arguments.no_models:
         from splitsec.probe import probe
 
@@ -64,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         from splitsec.drawing import draw
 
         sys.stdout.write(draw(folder.graph, ascii_only=not _draws_boxes(sys.stdout.encoding)))
+        print(f"\ndigest {digest(folder.graph).hex()[:16]}  (every party must have the same)")
     return 0
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+from typing import Any
 
 from splitsec.cli.keys import add_passphrase_option, passphrase_for
 
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             fix=f"compare with `splitsec keys show {party_file.key_path}`",
         )
 
-    from splitsec.cli.progress import Followed
+    from splitsec.cli.progress import Followed, print_traffic
     from splitsec.party import Job, run_party
     from splitsec.process import prepare
 
@@ -107,7 +107,15 @@ def run(arguments: argparse.Namespace) -> int:
         weights=Path(arguments.weights) if arguments.weights else None,
         split=arguments.data,
     )
+    left: list[dict[str, Any]] = []
     with Followed(quiet=arguments.quiet) as watch:
-        run_party(graph, party_file, private_key=private_key, job=job, report=lambda event: watch(name, event))
-    print(f"{name}: done", file=sys.stderr)
+
+        def report(event: dict[str, Any]) -> None:
+            watch(name, event)
+            if event["event"] == "traffic":
+                left.extend(event["lanes"])
+
+        run_party(graph, party_file, private_key=private_key, job=job, report=report)
+    if not arguments.quiet:
+        print_traffic(name, left)
     return 0

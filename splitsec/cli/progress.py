@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from splitsec.simulation import Result
 
-__all__ = ["Followed", "print_result"]
+__all__ = ["Followed", "print_result", "print_traffic"]
 
 PHASES = {"train": "trains", "evaluate": "evaluates", "predict": "predicts"}
 
@@ -87,9 +88,25 @@ class Followed:
         )
 
 
+def print_traffic(party: str, lanes: Sequence[Mapping[str, Any]]) -> None:
+    """What left one party, on standard output: what its data-protection officer asks for first."""
+    table = Table(title=f"what left {party}", title_justify="left")
+    for column in ("what", "of", "to"):
+        table.add_column(column)
+    table.add_column("messages", justify="right")
+    table.add_column("bytes", justify="right")
+    for row in lanes:
+        table.add_row(row["kind"], row["name"], row["peer"], f"{row['messages']:,}", _bytes(row["bytes"]))
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=110)
+
+
 def print_result(result: Result) -> None:
     """The tables that a run ends with, on standard output."""
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=110)
+    console = _console()
     metrics = result.metrics
     if metrics:
         table = Table(

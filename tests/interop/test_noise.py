@@ -171,7 +171,7 @@ def test_another_psk_is_noticed(name: str, ours_initiates: bool) -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 @both_roles
 def test_with_fixed_ephemerals_every_byte_is_the_same(name: str, ours_initiates: bool) -> None:
-    """Vectors made on the spot: two of theirs talk with injected ephemerals, and ours in one role writes their bytes."""
+    """Vectors made on the spot: two of theirs talk with injected ephemerals, and ours writes one side's bytes."""
     knows = pattern(name)
     initiator_s, responder_s, initiator_e, responder_e = (os.urandom(32) for _ in range(4))
     psks = [os.urandom(32) for _ in range(knows.psks)]
