@@ -48,10 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from splitsec.partyfile import Folder, load_folder
 
     place = Path(arguments.folder)
-    if place.is_file():  # a site has the graph file and its own party file, not the others'
-        folder = Folder(place.parent, load_graph(place), {})
-    else:
-        folder = load_folder(place)
+    # A site has the graph file and its own party file, not the others'.
+    folder = Folder(place.parent, load_graph(place), {}) if place.is_file() else load_folder(place)
     if not arguments.no_models:
         from splitsec.probe import probe
 
