@@ -35,6 +35,8 @@ ALIGNMENT: Final = 64
 
 MOST_DIMENSIONS: Final = 16
 MOST_TENSORS: Final = 65_536
+LARGEST_TENSOR: Final = 2**42
+"""Bytes that a tensor may unfold to.  Lanes bound it much lower; this keeps sizes within what torch can count."""
 
 
 class BadMessage(ValueError):
@@ -52,16 +54,20 @@ class Message:
 
 
 def encode(message: Message) -> tuple[bytes, list[memoryview]]:
-    """Header and body buffers of ``message``.  The buffers are lent: they share the tensors' memory where it is
-    contiguous.
+    """Header and body buffers of ``message``.  The buffers are lent: they share the tensors' memory where that has no
+    gaps.
     """
     described = []
     buffers = []
     for name, tensor in message.tensors.items():
-        flat = tensor.detach().cpu().contiguous()
-        described.append([name, NAMES[flat.dtype], list(flat.shape)])
-        if flat.numel():
-            buffers.append(flat.view(-1).view(torch.uint8).numpy().data)
+        laid = tensor.detach().cpu()
+        if (count := _stored(laid.shape, laid.stride())) is None:
+            laid = laid.contiguous()
+            count = laid.numel()
+        shape, strides = list(laid.shape), list(laid.stride())
+        described.append([name, NAMES[laid.dtype], shape, *([] if strides == _row_major(shape) else [strides])])
+        if count:
+            buffers.append(laid.as_strided((count,), (1,)).view(torch.uint8).numpy().data)
     header = msgpack.packb([message.kind, list(message.key), dict(message.facts), described], use_bin_type=True)
     return header, buffers
 
@@ -88,7 +94,7 @@ def decode(header: bytes, body: memoryview) -> Message:
     offset = 0
     for item in described:
         match item:
-            case [str() as name, str() as dtype_name, list() as shape] if (
+            case [str() as name, str() as dtype_name, list() as shape, *laid] if (
                 name not in tensors
                 and dtype_name in DTYPES
                 and len(shape) <= MOST_DIMENSIONS
@@ -96,28 +102,69 @@ def decode(header: bytes, body: memoryview) -> Message:
             ):
                 pass
             case _:
-                raise BadMessage("a tensor is not described as [name, dtype, shape]")
+                raise BadMessage("a tensor is not described as [name, dtype, shape] or [name, dtype, shape, strides]")
         dtype = DTYPES[dtype_name]
-        count = math.prod(shape)
+        strides = _strides(shape, laid)
+        count = _stored(shape, strides)
+        if count is None:
+            raise BadMessage("the strides of a tensor leave gaps or overlap")
+        if math.prod(extent or 1 for extent in shape) * dtype.itemsize > LARGEST_TENSOR:
+            raise BadMessage(f"a tensor of more than {LARGEST_TENSOR} bytes")
         size = count * dtype.itemsize
         if size > len(body) - offset:
             raise BadMessage("the body is shorter than its tensors")
-        tensors[name] = _tensor(body[offset : offset + size], dtype, count, shape)
+        tensors[name] = _tensor(body[offset : offset + size], dtype, shape, strides)
         offset += size
     if offset != len(body):
         raise BadMessage("the body is longer than its tensors")
     return Message(kind, tuple(key), facts, tensors)
 
 
-def _tensor(raw: memoryview, dtype: torch.dtype, count: int, shape: Sequence[int]) -> torch.Tensor:
-    if count == 0:
+def _row_major(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for place in range(len(shape) - 1, 0, -1):
+        strides[place - 1] = strides[place] * max(shape[place], 1)
+    return strides
+
+
+def _strides(shape: Sequence[int], laid: Sequence[Any]) -> list[int]:
+    """The strides that a header gives (``laid``: none, or one list), in elements; row by row where it gives none."""
+    match laid:
+        case []:
+            return _row_major(shape)
+        case [list() as strides] if len(strides) == len(shape):
+            if all(type(stride) is int and 0 <= stride < 2**40 for stride in strides):
+                return strides
+    raise BadMessage("the strides of a tensor are not one for each dimension")
+
+
+def _stored(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """How many elements memory holds for ``shape`` laid out by ``strides``: all, or fewer where a dimension only
+    repeats them (stride 0).  None where they do not lie one after another, each once.
+
+    The layout travels with the numbers: kernels add up in the order of memory, so that the same numbers laid out in
+    another way may differ in the last bit after the next operation.
+    """
+    if 0 in shape:
+        return 0
+    count = 1
+    for stride, extent in sorted(zip(strides, shape, strict=True)):
+        if stride and extent > 1:
+            if stride != count:
+                return None
+            count *= extent
+    return count
+
+
+def _tensor(raw: memoryview, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    if not raw.nbytes:
         return torch.empty(tuple(shape), dtype=dtype)
     flat = torch.frombuffer(raw, dtype=torch.uint8)
     if flat.data_ptr() % ALIGNMENT:
         flat = flat.clone()
     if dtype is torch.bool:
         flat = flat.ne(0).view(torch.uint8)
-    return flat.view(dtype).view(tuple(shape))
+    return flat.view(dtype).as_strided(tuple(shape), tuple(strides))
 
 
 def finite(tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 
 def prepare(threads: int | None) -> None:
-    """Set this process up for one party: its memory, ``threads`` compute threads (None: torch's choice), a lean start."""
+    """Set this process up for one party: memory, ``threads`` compute threads (None: torch's choice), a lean start."""
     _keep_freed_memory()
     import torch
 

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Final
 
 import torch
@@ -113,10 +114,18 @@ def read_own(party_file: PartyFile, plan: Plan, splits: Sequence[str], *, labels
 
 
 def _ids(given: Any, source: str) -> tuple[str, ...]:
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    try:
+        values = given.tolist() if hasattr(given, "tolist") else list(given)
+    except TypeError:
+        values = None
+    if not isinstance(values, list):
+        raise SamplesError(
+            f"{source}: 'id' is {type(given).__name__}",
+            expected="a list of texts or whole numbers, one for each sample",
+        )
     ids = []
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        if isinstance(value, bool) or not isinstance(value, str | Integral) or value == "":
             raise SamplesError(
                 f"{source}: the id in row {row} is missing or not usable ({type(value).__name__})",
                 expected="a text or a whole number for every sample",

@@ -1,14 +1,15 @@
 """A segment at work: its module, optimiser and loss; forward now, backward when the gradients of its cuts come.
 
-Here: one micro-batch through one module, and the state that is saved or handed on.  Every input is a leaf of
-autograd, also when it comes from another segment of the same party, so that one rule holds for every edge.  Not here:
-when and with whose tensors (``engine``), where models come from (``partyfile``).
+Here: one micro-batch through one module, and the state that is saved or handed on.  Every input begins a
+new autograd graph, also when it comes from another segment of the same party, so that one rule holds for every edge.
+Not here: when and with whose tensors (``engine``), where models come from (``partyfile``).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -55,9 +56,31 @@ class Score:
         self.rows += rows
 
 
+class _Arrived(torch.autograd.Function):
+    """An input as the module sees it; on the way back it keeps the gradient as autograd made it.
+
+    A leaf's ``.grad`` would not do: autograd lays it out in memory like the leaf, and the next kernel on the way back
+    would then add up in another order than in one process.  Nor may a module change a leaf in place, as
+    ``ReLU(inplace=True)`` does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, kept: list[torch.Tensor | None], place: int) -> torch.Tensor:
+        ctx.kept, ctx.place = kept, place
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        ctx.kept[ctx.place] = gradient
+        return None, None, None
+
+
+_arrived = cast("Callable[[torch.Tensor, list[torch.Tensor | None], int], torch.Tensor]", _Arrived.apply)
+
+
 @dataclass
 class _InFlight:
-    inputs: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
     outputs: dict[Edge, torch.Tensor] = field(default_factory=dict)
     loss: torch.Tensor | None = None
 
@@ -108,15 +131,15 @@ class Segment:
         self.module.train(training)
         with torch.set_grad_enabled(training):
             leaves = [tensor.detach() for tensor in inputs]
+            flight = _InFlight([None] * len(stage.inputs))
             if training:
                 assert update is not None
                 torch.default_generator.manual_seed(seed_of("forward", self.seed, self.name, update, micro))
-                for leaf, _ in zip(leaves, stage.inputs, strict=False):
-                    if leaf.is_floating_point():
-                        leaf.requires_grad_()
+                for place in range(len(stage.inputs)):
+                    if leaves[place].is_floating_point():
+                        leaves[place] = _arrived(leaves[place].requires_grad_(), flight.gradients, place)
             with user_code(f"segment {self.name!r}"):
                 produced = self.module(*join_inputs(stage.join, leaves))
-            flight = _InFlight(leaves[: len(stage.inputs)])
             for edge in stage.outputs:
                 flight.outputs[edge] = output_of(self.name, produced, edge)
             if labels is not None and self.loss is not None:
@@ -129,7 +152,12 @@ class Segment:
         if training:
             self._in_flight[micro] = flight
         prediction = produced.detach() if stage.labels is not None and isinstance(produced, torch.Tensor) else None
-        return {edge: tensor.detach() for edge, tensor in flight.outputs.items()}, prediction
+        shared = Counter(map(id, flight.outputs.values()))
+        return {
+            # What also goes elsewhere must not be changed here while it is still being sent.
+            edge: tensor.detach().clone() if edge.local and shared[id(tensor)] > 1 else tensor.detach()
+            for edge, tensor in flight.outputs.items()
+        }, prediction
 
     def backward(
         self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
@@ -161,7 +189,7 @@ class Segment:
             ends.append(flight.loss)
         if ends:
             torch.autograd.backward(ends)
-        return [leaf.grad if leaf.requires_grad else None for leaf in flight.inputs]
+        return flight.gradients
 
     def step(self) -> None:
         """Apply the gradients gathered over the step's micro-batches, and forget them."""
@@ -205,7 +233,7 @@ class Segment:
             for index, state in self.optimizer.state_dict()["state"].items():
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor):
-                        tensors[f"optimizer/{index}/{name}"] = value.detach().clone().contiguous()
+                        tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
                     elif value is None or isinstance(value, bool | int | float):
                         plain[f"{index}/{name}"] = value
                     else:
@@ -214,6 +242,10 @@ class Segment:
                             expected="state made of tensors and numbers, which can be handed to the next member",
                             fix="use another optimizer, or a group with `schedule: parallel`",
                         )
+            for index, group in enumerate(self.optimizer.param_groups):
+                for name, value in group.items():  # settings that it changes as it goes, as some do with their rate
+                    if type(value) in (int, float) and value != self.optimizer.defaults.get(name):
+                        plain[f"group/{index}/{name}"] = value
         return tensors, plain
 
     def take_over(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
@@ -223,19 +255,30 @@ class Segment:
         )
         if self.optimizer is None:
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}
         for place, value in [*tensors.items(), *((f"optimizer/{name}", value) for name, value in plain.items())]:
             if not place.startswith("optimizer/"):
                 continue
             _, index_text, name = place.split("/", 2)
+            if index_text == "group":
+                index_text, _, name = name.partition("/")
+                if not index_text.isdecimal() or int(index_text) >= len(groups) or type(value) not in (int, float):
+                    raise ValueError(f"optimizer setting {name} of parameter group {index_text}")
+                if type(groups[int(index_text)].get(name)) not in (int, float):
+                    raise ValueError(f"optimizer setting {name}, which is no number here")
+                groups[int(index_text)][name] = value
+                continue
             if not index_text.isdecimal() or int(index_text) >= len(parameters):
                 raise ValueError(f"optimizer state for parameter {index_text} of {len(parameters)}")
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[int(index_text)].shape:
+            if isinstance(value, torch.Tensor) and value.numel() > max(1, parameters[int(index_text)].numel()):
                 raise ValueError(f"optimizer state {name} is {list(value.shape)}")
             state.setdefault(int(index_text), {})[name] = value
-        own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+        # Not by load_state_dict, which rounds state that is kept in another precision to the parameter's dtype.
+        self.optimizer.state.clear()
+        for index, entries in state.items():
+            self.optimizer.state[parameters[index]] = entries
 
 
 class _Seed(torch.autograd.Function):

@@ -55,7 +55,9 @@ timeouts: {connect: 30, lost: 5}
 """
 
 MODELS: Final = """\
+import ctypes
 import os
+import signal
 
 import torch
 from torch import nn
@@ -69,18 +71,27 @@ def tell(*words):
 
 
 class Watched(nn.Linear):
-    def __init__(self, inputs, outputs, party, fails_in=None):
+    def __init__(self, inputs, outputs, party, third_step=""):
         super().__init__(inputs, outputs)
-        self.party, self.fails_in, self.step = party, fails_in, 0
+        self.party, self.third_step, self.step = party, third_step, 0
 
     def forward(self, x):
         if self.training:
             self.step += 1
             if self.step <= 3:
                 tell("step", self.party, self.step, os.getpid(), torch.get_num_threads())
-            if self.step == self.fails_in:
-                raise ValueError("the third step is too much")
+            if self.step == 3:
+                self.do(self.third_step)
         return super().forward(x)
+
+    def do(self, what):
+        if what == "fail":
+            raise ValueError("the third step is too much")
+        if what == "deafen":  # hears no signal, and lets no other thread run
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+            ctypes.PyDLL(None).sleep(1000)
+        while what == "stand":
+            signal.pause()
 
 
 def stem(**args):

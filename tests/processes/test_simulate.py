@@ -22,14 +22,16 @@ SECONDS = 15.0
 FOR_EVER = ("epochs: 2", "epochs: 1000000")
 
 
-def in_the_middle(shell: Shell, folder: Path) -> tuple[Command, dict[str, int]]:
-    """A simulation that trains for ever and has done a few steps, and the process id of each of its parties."""
+def in_the_middle(shell: Shell, folder: Path, third_step: str = "") -> tuple[Command, dict[str, int]]:
+    """A simulation that trains for ever, a few steps on, and the process id of each party.  Then clinic-b trains, the
+    last of them, and in its third step its user code does ``third_step``.
+    """
     change(folder / "graph.yaml", FOR_EVER)
+    change(folder / "parties" / "clinic-b.yaml", ("party: clinic-b}", f"party: clinic-b, third_step: '{third_step}'}}"))
     command = shell.start("simulate", folder, "--out", folder.parent / "out")
     parties = {}
-    for party in ("clinic-a", "clinic-b", "server"):  # clinic-b trains after clinic-a's turn
-        pid = int(shell.hear("step", party, "1")[3])
-        parties[party] = pid
+    for party in ("clinic-a", "server", "clinic-b"):
+        parties[party] = int(shell.hear("step", party, "3")[3])
     assert {command.pid, *parties.values()} == set(shell.alive())
     return command, parties
 
@@ -48,8 +50,10 @@ def test_a_party_that_is_killed(shell: Shell, folder: Path, party: str) -> None:
     assert not (folder.parent / "out").exists()
 
 
-def test_ctrl_c(shell: Shell, folder: Path) -> None:
-    command, _ = in_the_middle(shell, folder)
+@pytest.mark.parametrize("third_step", ["", "deafen"])
+def test_ctrl_c(shell: Shell, folder: Path, third_step: str) -> None:
+    """Also while a party's own code is deaf to everything but SIGKILL."""
+    command, _ = in_the_middle(shell, folder, third_step)
     os.kill(command.pid, signal.SIGINT)
     end = command.end()
     assert shell.alive() == {}
@@ -62,8 +66,11 @@ def test_ctrl_c(shell: Shell, folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_simulation_itself_is_ended(shell: Shell, folder: Path, number: signal.Signals) -> None:
-    """The parties notice that their parent is gone, and end by themselves: nobody else can end them after SIGKILL."""
-    command, parties = in_the_middle(shell, folder)
+    """The parties notice that their parent is gone, and end by themselves: nobody else can end them after SIGKILL.
+
+    None of them has anything to report meanwhile: one stands in its own code, and the others wait for it.
+    """
+    command, parties = in_the_middle(shell, folder, "stand")
     handles = [os.pidfd_open(pid) for pid in parties.values()]
     os.kill(command.pid, number)
     end = command.end()
@@ -117,7 +124,7 @@ def test_data_that_never_come(shell: Shell, folder: Path) -> None:
 
 def test_user_code_that_fails_in_a_step(shell: Shell, folder: Path) -> None:
     change(folder / "graph.yaml", FOR_EVER)
-    change(folder / "parties" / "clinic-b.yaml", ("party: clinic-b}", "party: clinic-b, fails_in: 3}"))
+    change(folder / "parties" / "clinic-b.yaml", ("party: clinic-b}", "party: clinic-b, third_step: fail}"))
     command = shell.start("simulate", folder)
     shell.hear("step", "clinic-b", "3")
     end = command.end()
@@ -125,7 +132,7 @@ def test_user_code_that_fails_in_a_step(shell: Shell, folder: Path) -> None:
     assert end.seconds < SECONDS
     assert end.code == 2
     models = folder / "parties" / "models.py"
-    line = 1 + models.read_text().split("\n").index('                raise ValueError("the third step is too much")')
+    line = 1 + models.read_text().split("\n").index('            raise ValueError("the third step is too much")')
     assert re.search(
         rf"\nsplitsec: party clinic-b failed \(PartyFileError\): {re.escape(str(models))}:{line}: "
         r"segment 'stem' failed: ValueError: the third step is too much\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -55,15 +56,44 @@ def test_the_layout() -> None:
     assert b"".join(buffers) == struct.pack("<ffq", 1.5, -2.0, 7)
 
 
-def test_buffers_are_lent_and_strided_tensors_are_not() -> None:
+def test_buffers_are_lent_in_the_order_of_memory() -> None:
     plain = torch.arange(6.0).view(2, 3)
-    _, (buffer,) = encode(Message("weights", tensors={"": plain}))
-    plain[0, 0] = 9.0
-    assert bytes(buffer) == bits(plain)
-    turned = plain.t()
-    _, (buffer,) = encode(Message("weights", tensors={"": turned}))
-    assert bytes(buffer) == bits(turned)
-    assert bytes(buffer) != bits(plain)
+    for tensor in (plain, plain.t()):
+        _, (buffer,) = encode(Message("weights", tensors={"": tensor}))
+        plain[0, 0] += 9.0
+        assert bytes(buffer) == bits(plain)
+
+
+IMAGES = torch.arange(120.0).view(2, 3, 4, 5)
+LAID_OUT = {
+    "channels last": (IMAGES.contiguous(memory_format=torch.channels_last), 120),
+    "one pixel, channels last": (torch.ones(2, 3, 1, 1).contiguous(memory_format=torch.channels_last), 6),
+    "turned": (IMAGES.permute(3, 0, 2, 1), 120),
+    "repeated, as the gradient of a sum is": (torch.arange(6.0).view(2, 3, 1, 1).expand(2, 3, 4, 5), 6),
+    "one number for all": (torch.tensor(2.5).expand(2, 3), 1),
+    "none": (torch.empty(0, 3).t(), 0),
+    "with an offset": (IMAGES[1], 60),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_the_layout_in_memory_travels_too(name: str) -> None:
+    """Kernels add up in the order of memory, and so differ in the last bit on the same numbers laid out otherwise."""
+    tensor, stored = LAID_OUT[name]
+    message = Message("gradient", (0, 0), tensors={"": tensor})
+    assert sum(part.nbytes for part in encode(message)[1]) == 4 * stored
+    returned = again(message).tensors[""]
+    assert torch.equal(returned, tensor)
+    assert tensor.numel() == 0 or returned.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("tensor", [IMAGES[..., ::2], IMAGES.unfold(3, 3, 1)], ids=["gaps", "overlap"])
+def test_what_does_not_lie_together_travels_row_by_row(tensor: torch.Tensor) -> None:
+    message = Message("gradient", (0, 0), tensors={"": tensor})
+    assert sum(part.nbytes for part in encode(message)[1]) == tensor.nbytes
+    returned = again(message).tensors[""]
+    assert torch.equal(returned, tensor)
+    assert returned.is_contiguous()
 
 
 def test_gradients_do_not_travel() -> None:
@@ -90,6 +120,13 @@ def test_a_bool_is_0_or_1_whatever_was_sent() -> None:
 def header(described: object, kind: object = "activation", key: object = (0, 0), facts: object = None) -> bytes:
     packed: bytes = msgpack.packb([kind, key, {} if facts is None else facts, described])
     return packed
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Without what stride 0 repeats."""
+    return tensor.itemsize * math.prod(
+        extent for extent, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not extent
+    )
 
 
 FLOATS = [["", "float32", [2]]]
@@ -127,6 +164,16 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "an immense extent": (header([["", "float32", [2**40]]]), 8),
     "a product that is immense": (header([["", "float32", [2**39, 2**39]]]), 8),
     "many dimensions": (header([["", "float32", [1] * 17]]), 4),
+    "strides for another number of dimensions": (header([["", "float32", [2], [1, 1]]]), 8),
+    "strides that are no list": (header([["", "float32", [2], 1]]), 8),
+    "strides twice": (header([["", "float32", [2], [1], [1]]]), 8),
+    "a negative stride": (header([["", "float32", [2], [-1]]]), 8),
+    "a stride that is true": (header([["", "float32", [2], [True]]]), 8),
+    "strides that leave gaps": (header([["", "float32", [2], [2]]]), 8),
+    "strides that leave gaps, with the bytes for it": (header([["", "float32", [2], [2]]]), 12),
+    "strides that overlap": (header([["", "float32", [2, 2], [1, 1]]]), 12),
+    "one number, repeated without end": (header([["", "float32", [2**39, 2**39], [0, 0]]]), 4),
+    "nothing, repeated without end": (header([["", "float32", [0, 2**39, 2**39]]]), 0),
     "a name twice": (header([*FLOATS, *FLOATS]), 16),
     "a body too short": (header(FLOATS), 7),
     "no body": (header(FLOATS), 0),
@@ -153,7 +200,7 @@ def test_any_bytes_at_all(packed: bytes, size: int) -> None:
         found = decode(packed, body)
     except BadMessage:
         return
-    assert sum(tensor.nbytes for tensor in found.tensors.values()) == size
+    assert sum(map(stored_bytes, found.tensors.values())) == size
 
 
 PLAIN = st.none() | st.booleans() | st.integers(-1, 2**40) | st.text(max_size=8) | st.binary(max_size=8) | st.floats()
@@ -168,7 +215,7 @@ def test_any_header_that_is_nearly_one(parts: tuple[Any, ...]) -> None:
         found = decode(msgpack.packb(list(parts)), memoryview(bytearray(16)))
     except BadMessage:
         return
-    assert sum(tensor.nbytes for tensor in found.tensors.values()) == 16
+    assert sum(map(stored_bytes, found.tensors.values())) == 16
 
 
 @pytest.mark.parametrize(

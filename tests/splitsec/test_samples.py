@@ -49,6 +49,7 @@ def test_the_fields_that_are_needed_are_kept_as_tensors_and_the_others_left() ->
 def test_ids_may_be_whole_numbers_and_may_be_missing() -> None:
     assert read({"x": X, "id": torch.tensor([7, 5, 6])}).ids == ("7", "5", "6")
     assert read({"x": X, "id": numpy.array(["p", "q", "r"])}).ids == ("p", "q", "r")
+    assert read({"x": X, "id": list(numpy.arange(3))}).ids == ("0", "1", "2")
     assert read({"x": X}).ids is None
 
 
@@ -81,6 +82,8 @@ def test_samples_are_taken_in_the_order_asked_for() -> None:
         ({"x": X, "id": ["a", "b", None]}, "the id in row 2 is missing or not usable (NoneType)", "a whole number"),
         ({"x": X, "id": [0.5, 1.5, 2.5]}, "the id in row 0 is missing or not usable (float)", "a whole number"),
         ({"x": X, "id": [True, False, 2]}, "the id in row 0 is missing or not usable (bool)", "a whole number"),
+        ({"x": X, "id": None}, "'id' is NoneType", "a list of texts or whole numbers"),
+        ({"x": X, "id": torch.tensor(3)}, "'id' is Tensor", "a list of texts or whole numbers"),
         ({"x": X, "id": torch.zeros(3, 2)}, "the id in row 0 is missing or not usable (list)", "a whole number"),
     ],
 )
