@@ -191,7 +191,9 @@ class Guard:
                     f"was lost: {error}", party=party, fix=f"look whether {party} still runs and is connected"
                 )
             return PeerUnreachable(
-                f"did not come up: {error}",
+                str(error).removeprefix("the peer ")
+                if "did not come up" in str(error)
+                else f"did not come up: {error}",
                 party=party,
                 fix="start that party, check its log, or raise `timeouts: {connect: ...}` in the graph file",
             )
@@ -204,7 +206,10 @@ class Guard:
 
 _GOODBYES: Final[dict[int, tuple[str, str]]] = {
     CloseCode.NORMAL: ("left before the run was over", "look whether it runs the same graph file"),
-    CloseCode.ERROR: ("stopped because of an error of its own", "read its log: it says why"),
+    CloseCode.ERROR: (
+        "stopped: it failed, or lost another party that it needs",
+        "its operator can read which in its log",
+    ),
     CloseCode.MISBEHAVED: ("closed the channel: it says that we sent what the graph does not allow", "read its log"),
     CloseCode.LOST: ("closed the channel: it had not heard from us for too long", "look at the connection"),
     CloseCode.STOPPED: ("was stopped by its operator", "ask there"),
@@ -216,7 +221,7 @@ _REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
         "fix": "install the same splitsec release at both parties",
     },
     below.RefusalReason.DIGEST_DIFFERS: {
-        "expected": "the same graph file, to the character, at every party",
+        "expected": "the same values in the graph file at every party",
         "fix": "compare both graph files (`splitsec check graph.yaml` prints the digest)",
     },
     below.RefusalReason.WRONG_KEY: {
@@ -241,8 +246,8 @@ def _declaration(lane: Lane) -> str:
 
 def _advice(complaint: str) -> str:
     if "NaN" in complaint:
-        return "training diverged here: try a smaller learning rate, or look at the data"
-    return "make the segment and the graph file agree"
+        return "look for NaN in what you send; while training, also try a smaller learning rate"
+    return "make what is sent and the graph file agree"
 
 
 def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:

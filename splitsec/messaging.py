@@ -56,6 +56,7 @@ class Line:
         Its shape and dtype must be as declared.  The tensor is lent until it is sent: do not change it in place
         before ``close``. Raises ``EgressRefused``; nothing has been sent then.
         """
+        tensor = torch.as_tensor(tensor)  # an array of numpy's, say
         exchange = self._exchange(name)
         if exchange.source != self._party:
             raise EgressRefused(

@@ -7,6 +7,7 @@ Here: the whole life of a party, top to bottom, the same in a simulation and in 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -335,7 +336,7 @@ class Party:
                 self.report({"event": "saved", "folder": str(folder)})
             elif self.job.action == "predict":
                 self._save_predictions(folder)
-        self.report({"event": "traffic", "lanes": traffic_of(self.guard)})
+        self.report({"event": "traffic", "lanes": traffic_of(self.guard, training=self.job.action == "train")})
         self.report({"event": "done"})
 
     def _save_predictions(self, folder: Path) -> None:
@@ -354,7 +355,9 @@ class Party:
                 for stream in mine
                 for sample_id in (samples.ids or [str(row) for row in range(samples.count)])
             ]
-            (folder / "predicted_ids.json").write_text(json.dumps(ids) + "\n")
+            file = os.open(folder / "predicted_ids.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(file, "w", encoding="utf-8") as text:
+                text.write(json.dumps(ids) + "\n")
         self.report(
             {
                 "event": "saved",
@@ -369,14 +372,14 @@ class Party:
             self._guard.close(reason)
 
 
-def traffic_of(guard: Guard) -> list[dict[str, Any]]:
-    """What left through ``guard``, by lane, as plain values."""
+def traffic_of(guard: Guard, *, training: bool) -> list[dict[str, Any]]:
+    """What left through ``guard``, by lane, as plain values.  Without training the way back holds empty answers."""
     rows = []
     for lane, passed in guard.traffic.items():
         declared = guard.plan.lanes_out[lane]
         rows.append(
             {
-                "kind": declared.kind,
+                "kind": "answer" if declared.kind == "gradient" and not training else declared.kind,
                 "name": declared.name,
                 "peer": declared.peer,
                 "messages": passed.messages,

@@ -97,6 +97,12 @@ class StreamPlan:
     gives_labels: tuple[Edge, ...]
 
     @property
+    def own_labels(self) -> tuple[Edge, ...]:
+        """Label edges that begin here, whether they leave or not."""
+        stays = (stage.labels for stage in self.stages if stage.labels is not None and stage.labels.local)
+        return (*self.gives_labels, *stays)
+
+    @property
     def idle(self) -> bool:
         """This party has no part in the stream."""
         return not self.stages and not self.gives_labels
@@ -105,9 +111,7 @@ class StreamPlan:
         """Names of the sample fields that this party must have; with ``labels`` those of its label edges too."""
         names = {stage.reads for stage in self.stages if stage.reads is not None}
         if labels:
-            edges = [*self.gives_labels, *(stage.labels for stage in self.stages if stage.labels is not None)]
-            names |= {edge.field for edge in edges if edge.field is not None and edge.source_party == edge.target_party}
-            names |= {edge.field for edge in self.gives_labels if edge.field is not None}
+            names |= {edge.field for edge in self.own_labels if edge.field is not None}
         return frozenset(names)
 
 

@@ -7,13 +7,16 @@ use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 
 from splitsec.errors import GraphError, PartyFileError
-from splitsec.graph import Graph
+from splitsec.graph import CUSTOM, LOSSES, Graph
 from splitsec.messages import DTYPES, NAMES
 from splitsec.partyfile import Folder, PartyFile
 from splitsec.plan import Edge, Plan, Stage, make_plan
@@ -26,23 +29,64 @@ __all__ = ["check_shapes", "probe"]
 ROWS = 2
 
 
-def probe(folder: Folder) -> None:
+def probe(folder: Folder, before: Callable[[str], None] = lambda party: None) -> None:
     """Build every party's segments and read its samples, and check them against the graph.
 
+    ``before`` is called with each party's name before its code runs.  What that code prints goes to standard error.
     Raises ``GraphError`` with the line of the cut or label edge that is wrong, ``PartyFileError`` or ``SamplesError``.
     """
+    classes: dict[str, int] = {}
+    highest: dict[str, tuple[int, str]] = {}
     for name, party_file in folder.parties.items():
+        before(name)
         plan = make_plan(folder.graph, name)
-        own = read_own(party_file, plan, ("train", "test"), labels=True)
-        check_shapes(folder.graph, party_file, plan, build_segments(folder.graph, party_file), own)
+        with _output_to_stderr():
+            own = read_own(party_file, plan, ("train", "test"), labels=True)
+            check_shapes(folder.graph, party_file, plan, build_segments(folder.graph, party_file), own, classes)
+        for edge in (edge for stream in plan.streams for edge in stream.own_labels):
+            for samples in own.values():
+                labels = samples.fields[edge.field or ""]
+                if labels.numel() and not labels.is_floating_point():
+                    most = int(labels.max()), name
+                    highest[edge.target] = max(highest.get(edge.target, most), most)
+    for segment, (most_label, holder) in highest.items():
+        if segment in classes and most_label >= classes[segment]:
+            raise GraphError(
+                f"labels for {segment!r} at {holder!r} go up to {most_label}, but it has {classes[segment]} outputs",
+                file=folder.graph.file,
+                line=folder.graph.line_of("segments", segment),
+                expected=f"one output for each class: at least {most_label + 1}",
+                fix="give the segment's last layer more outputs, or number the classes from 0",
+            )
+
+
+@contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Send what user code prints, below Python too, to standard error: standard output is for our own document."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def check_shapes(
-    graph: Graph, party_file: PartyFile, plan: Plan, segments: Mapping[str, Segment], own: Mapping[str, Samples]
+    graph: Graph,
+    party_file: PartyFile,
+    plan: Plan,
+    segments: Mapping[str, Segment],
+    own: Mapping[str, Samples],
+    classes: dict[str, int] | None = None,
 ) -> None:
-    """Send two samples through each of this party's segments: real ones where it reads data, zeros where a cut feeds
-    it.
+    """Send two samples through each of this party's segments: real ones where it reads data, else zeros.
+
+    ``classes`` takes the number of outputs of each segment whose loss wants the number of a class.
     """
+    classes = {} if classes is None else classes
     samples = next((samples for samples in own.values() if samples.count), None)
     seen: set[str] = set()
     for stream in plan.streams:
@@ -53,15 +97,19 @@ def check_shapes(
                 _check_labels(graph, party_file, stage.labels, samples)
             if stage.segment not in seen:
                 seen.add(stage.segment)
-                _check_stage(graph, party_file, stage, segments[stage.segment], samples)
+                produced = _check_stage(graph, party_file, stage, segments[stage.segment], samples)
+                if graph.segments[stage.segment].loss in ("cross_entropy", "nll") and isinstance(
+                    produced, torch.Tensor
+                ):
+                    classes[stage.segment] = produced.shape[1]
 
 
-def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Segment, samples: Samples | None) -> None:
+def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Segment, samples: Samples | None) -> Any:
     inputs = [torch.zeros(ROWS, *edge.shape, dtype=DTYPES[edge.dtype]) for edge in stage.inputs]
     rows = ROWS
     if stage.reads is not None:
         if samples is None:
-            return
+            return None
         rows = min(ROWS, samples.count)
         inputs = [tensor[:rows] for tensor in inputs] + [samples.fields[stage.reads][:rows]]
     taken = ", ".join(f"{list(tensor.shape)} {NAMES[tensor.dtype]}" for tensor in inputs)
@@ -93,6 +141,7 @@ def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Seg
             )
     if stage.labels is not None and segment.loss is not None:
         _check_loss(graph, stage, segment, produced, rows)
+    return produced
 
 
 def _check_loss(graph: Graph, stage: Stage, segment: Segment, produced: Any, rows: int) -> None:
@@ -129,6 +178,15 @@ def _check_labels(graph: Graph, party_file: PartyFile, edge: Edge, samples: Samp
     if labels is None:
         return
     found, declared = (list(labels.shape[1:]), NAMES.get(labels.dtype)), (list(edge.shape), edge.dtype)
+    loss = graph.segments[edge.target].loss or CUSTOM
+    if loss in LOSSES and found[1] not in LOSSES[loss].labels:
+        raise PartyFileError(
+            f"field {edge.field!r}, which labels {edge.target!r}, is {found[1]}",
+            file=party_file.file,
+            line=party_file.line_of("data"),
+            expected=f"{' or '.join(LOSSES[loss].labels)}, as the loss {loss} takes",
+            fix=f"return it as {LOSSES[loss].labels[0]} from the data function",
+        )
     if found != declared:
         raise GraphError(
             f"the labels for {edge.target!r} declare shape {declared[0]}, {declared[1]}",

@@ -107,7 +107,7 @@ def read_own(party_file: PartyFile, plan: Plan, splits: Sequence[str], *, labels
         spec = getattr(data, split)
         if spec is not None:
             function = party_file.function(spec, "data", split)
-            with user_code(f"data function `{spec}`"):
+            with user_code(f"data function `{spec}`", (party_file.file, party_file.line_of("data", split))):
                 returned = function(**data.args)
             own[split] = read_samples(returned, source=f"{party_file.file}: `{spec}`", needed=needed)
     return own

@@ -23,6 +23,7 @@ from splitsec.partyfile import PartyFile
 from splitsec.plan import Edge, Stage
 from splitsec.samples import seed_of
 from splitsec.usercode import user_code
+from splitsec.yamlfile import meant
 
 __all__ = ["Score", "Segment", "build_segments", "join_inputs", "output_of"]
 
@@ -353,12 +354,16 @@ def make_optimizer(party_file: PartyFile, segment: str, module: nn.Module) -> to
             f"no optimizer `{wanted.name}`",
             *where,
             expected="one of " + ", ".join(sorted(kinds)) + ', or "module:Class"',
+            fix=meant(wanted.name, kinds),
         )
     try:
         made = kind(parameters, **wanted.arguments)
     except (TypeError, ValueError) as error:
         raise party_file.error(
-            f"optimizer `{wanted.name}`: {error}", *where, expected="settings that it takes"
+            f"optimizer `{wanted.name}`: {error}",
+            *where,
+            expected="settings that it takes",
+            fix="look them up in torch.optim; the rate is called `lr`",
         ) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise party_file.error(
@@ -397,7 +402,9 @@ def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
     for name, code in party_file.segments.items():
         builder = party_file.function(code.model, "segments", name, "model")
         torch.manual_seed(seed_of("weights", seed, name))
-        with user_code(f"`{code.model}`, which builds segment {name!r},"):
+        with user_code(
+            f"`{code.model}`, which builds segment {name!r},", (party_file.file, party_file.line_of("segments", name))
+        ):
             module = builder(**code.args)
         if not isinstance(module, nn.Module):
             raise party_file.error(

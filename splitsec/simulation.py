@@ -17,10 +17,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,7 @@ def simulate(
     folder. Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
     began = time.monotonic()
+    _checked_place(out)
     loaded = _checked(folder, epochs=epochs, seed=seed)
     job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train"}
     with _Processes(loaded, job, watch, before_turn) as processes:
@@ -114,6 +116,7 @@ def predict(
             f"no folder {weights}", expected="the folder that `--out` of a training run wrote", fix="train first"
         )
     began = time.monotonic()
+    _checked_place(out)
     loaded = _checked(folder)
     job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split}
     with _Processes(loaded, job, watch) as processes:
@@ -144,8 +147,59 @@ def _checked(folder: str | Path, **training: int | None) -> Folder:
     if given:
         changed = loaded.graph.training.model_copy(update=given)
         loaded = Folder(loaded.path, loaded.graph.model_copy(update={"training": changed}), loaded.parties)
-    probe(loaded)
+    with _patience(loaded.graph.timeouts.connect) as begin:
+        probe(loaded, begin)
     return loaded
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[Callable[[str], None]]:
+    """Bound how long each party's own code may take here; what it yields is called with the party that begins.
+
+    Only in the main thread, which is the only one that Python lets be interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield lambda party: None
+        return
+    current = ""
+
+    def begin(party: str) -> None:
+        nonlocal current
+        current = party
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def too_late(*_: object) -> None:
+        raise _late(current, seconds)
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    try:
+        yield begin
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _late(party: str, seconds: float) -> PeerUnreachable:
+    return PeerUnreachable(
+        f"did not come up within {seconds:g} s: it is still starting, or in its own model or data functions",
+        party=party,
+        expected="every party ready to connect within `timeouts: {connect: ...}` of the graph file",
+        fix="look at what its data function does, or raise that number",
+    )
+
+
+def _checked_place(out: str | Path | None) -> None:
+    """Raise ``UserError`` unless ``out`` is, or can become, a folder that we may write to."""
+    if out is None:
+        return
+    place = Path(out).resolve()
+    nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"nothing can be written to {out}: {nearest} is {'not writable' if nearest.is_dir() else 'no folder'}",
+            expected="a folder, or a place where one can be made",
+            fix="choose another --out",
+        )
 
 
 @dataclass
@@ -273,13 +327,7 @@ class _Processes:
                     self._say(party, "go")
             waiting = [party.name for party in self._running.values() if not party.ready]
             if waiting and time.monotonic() > deadline:
-                raise PeerUnreachable(
-                    f"did not come up within {self.graph.timeouts.connect:g} s: "
-                    "it is still starting, or in its own model or data functions",
-                    party=waiting[0],
-                    expected="every party ready to connect within `timeouts: {connect: ...}` of the graph file",
-                    fix="look at what its data function does, or raise that number",
-                )
+                raise _late(waiting[0], self.graph.timeouts.connect)
             for party, event in self._events(0.2):
                 if event["event"] == "ready":
                     deadline = time.monotonic() + self.graph.timeouts.connect
@@ -436,7 +484,7 @@ def _summed(processes: _Processes, began: float, out: str | Path | None) -> Resu
 
 def _crossed(party: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """One lane as a row of the result: ``from`` and ``to`` as the edge stands in the graph, the parties beside them."""
-    backward = row["kind"] in ("gradient", "taken")
+    backward = row["kind"] in ("gradient", "taken", "answer")
     source, _, target = row["name"].partition(" -> ")
     if row["kind"] == "order":
         source, target = party, row["peer"]

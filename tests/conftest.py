@@ -58,6 +58,7 @@ MODELS: Final = """\
 import ctypes
 import os
 import signal
+import sys
 
 import torch
 from torch import nn
@@ -89,6 +90,8 @@ class Watched(nn.Linear):
             raise ValueError("the third step is too much")
         if what == "deafen":  # hears no signal, and lets no other thread run
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+            sys.setswitchinterval(1000)
+            tell("deaf", self.party)
             ctypes.PyDLL(None).sleep(1000)
         while what == "stand":
             signal.pause()
@@ -272,6 +275,9 @@ class Shell:
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
+        self.scratch = cwd / ".scratch"
+        """Where commands put their temporary files."""
+        self.scratch.mkdir()
         self.pipe = cwd / ".events"
         os.mkfifo(self.pipe)
         self._events = os.open(self.pipe, os.O_RDWR | os.O_NONBLOCK)
@@ -279,7 +285,14 @@ class Shell:
         self._heard: list[list[str]] = []
         self._commands: list[Command] = []
         path = os.pathsep.join([str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "PYTHONPATH": path}
+        plain = {
+            "TMPDIR": str(self.scratch),
+            "COLUMNS": "100",
+            "NO_COLOR": "1",
+            "TERM": "dumb",
+            "LC_ALL": "C.UTF-8",
+            "PYTHONPATH": path,
+        }
         self.env = {**os.environ, **plain, TOKEN: str(self.pipe)}
         for name in ("SPLITSEC_DEBUG", "SPLITSEC_PASSPHRASE"):
             self.env.pop(name, None)

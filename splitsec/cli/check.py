@@ -19,7 +19,7 @@ the shapes that the graph declares; then draw the graph.  Nothing is started, no
   splitsec check examples/vanilla
   splitsec check examples/u-shaped --svg u-shaped.svg
   splitsec check examples/vertical --no-models     only the files: none of the parties' own code runs
-  splitsec check graph.yaml                        only the graph file: what a site can do that has no other's files
+  splitsec check graph.yaml --party parties/clinic-a.yaml     at one site, which has no other party's file
 """
 
 
@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder with graph.yaml and parties/, or a graph file alone")
+    parser.add_argument("--party", metavar="FILE", help="with a graph file: one party's file to check against it")
     parser.add_argument("--svg", metavar="FILE", help="write the picture to FILE, too; - for standard output alone")
     parser.add_argument("--json", action="store_true", help="print what was found as one JSON document")
     parser.add_argument(
@@ -45,11 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Check and draw; any mistake is raised before anything is written."""
     from splitsec.contract import digest
     from splitsec.graph import load_graph
-    from splitsec.partyfile import Folder, load_folder
+    from splitsec.partyfile import Folder, check_party, load_folder, load_party
 
     place = Path(arguments.folder)
     # A site has the graph file and its own party file, not the others'.
     folder = Folder(place.parent, load_graph(place), {}) if place.is_file() else load_folder(place)
+    if arguments.party is not None:
+        party = load_party(arguments.party)
+        check_party(folder.graph, party)
+        folder = Folder(folder.path, folder.graph, {party.party: party})
     if not arguments.no_models:
         from splitsec.probe import probe
 

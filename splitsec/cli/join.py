@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     from splitsec.party import Job, run_party
     from splitsec.process import prepare
 
+    if arguments.out is None and party_file.segments:
+        print(f"{name}: without --out the trained segments are not kept", file=sys.stderr)
     prepare(party_file.threads)
     job = Job(
         action="predict" if arguments.predict else "train",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-__all__ = ["add_parser", "counted", "run"]
+__all__ = ["add_parser", "counted", "run", "seeded"]
 
 DESCRIPTION = """\
 Train FOLDER's graph on this machine: one process for each party, with throw-away keys, over real sockets on loopback;
@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder with graph.yaml and parties/")
     parser.add_argument("--epochs", type=counted, metavar="N", help="passes over the data, in place of the graph's")
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of weights and order, in place of the graph's")
+    parser.add_argument("--seed", type=seeded, metavar="S", help="seed of weights and order, in place of the graph's")
     parser.add_argument("--out", metavar="DIR", help="write trained segments to DIR/<party>/<segment>.safetensors")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on standard output"
@@ -39,6 +39,13 @@ def counted(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seeded(text: str) -> int:
+    """A seed, for argparse: a whole number from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

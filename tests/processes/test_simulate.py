@@ -48,20 +48,24 @@ def test_a_party_that_is_killed(shell: Shell, folder: Path, party: str) -> None:
     assert "Traceback" not in end.stderr
     assert end.stdout == ""
     assert not (folder.parent / "out").exists()
+    assert list(shell.scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize("third_step", ["", "deafen"])
 def test_ctrl_c(shell: Shell, folder: Path, third_step: str) -> None:
     """Also while a party's own code is deaf to everything but SIGKILL."""
     command, _ = in_the_middle(shell, folder, third_step)
+    if third_step:
+        shell.hear("deaf", "clinic-b")
     os.kill(command.pid, signal.SIGINT)
     end = command.end()
     assert shell.alive() == {}
     assert end.seconds < SECONDS
     assert end.code == 130
-    assert end.stderr.endswith("\nsplitsec: stopped by Ctrl-C; every process that was started has ended\n")
+    assert end.stderr.endswith("\nsplitsec: stopped by Ctrl-C\n")
     assert "Traceback" not in end.stderr
     assert end.stdout == ""
+    assert list(shell.scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -80,6 +84,8 @@ def test_the_simulation_itself_is_ended(shell: Shell, folder: Path, number: sign
     assert shell.alive() == {}
     for handle in handles:
         os.close(handle)
+    if number == signal.SIGTERM:  # nobody can clear away after SIGKILL
+        assert list(shell.scratch.iterdir()) == []
 
 
 def test_a_party_that_never_comes_up(shell: Shell, folder: Path) -> None:

@@ -327,7 +327,7 @@ def test_a_peer_that_was_there_is_lost() -> None:
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (CloseCode.ERROR, "stopped because of an error of its own"),
+        (CloseCode.ERROR, "stopped: it failed, or lost another party that it needs"),
         (CloseCode.MISBEHAVED, "it says that we sent what the graph does not allow"),
         (CloseCode.STOPPED, "was stopped by its operator"),
     ],

@@ -210,8 +210,8 @@ def test_a_number_that_is_none(shell: Shell, folder: Path, option: str, value: s
     end = shell.run("simulate", "small", option, value)
     assert end.code == 2
     assert end.stdout == ""
-    assert f"splitsec simulate: error: argument {option}: " in end.stderr
-    assert f"'{value}'" in end.stderr
+    assert option in end.stderr and value in end.stderr
+    assert "Traceback" not in end.stderr
 
 
 def test_a_place_to_write_that_is_none(shell: Shell, folder: Path) -> None:
