@@ -28,6 +28,8 @@ from splitsec.samples import FINGERPRINT, Mismatch, Samples, fingerprints, match
 __all__ = ["Gossip", "agree_on_order"]
 
 SPLITS = ("train", "test", "predict")
+SHOWN = 5
+"""Ids that an error names."""
 Owned = Mapping[str, Samples]
 """A party's own samples by split."""
 
@@ -65,13 +67,19 @@ def _lead(guard: Guard, stream: int, others: tuple[str, ...], owned: Owned) -> d
         for split, samples in owned.items():
             answer = guard.take((other, ORDER))
             match dict(answer.facts):
-                case {"split": said, "missing": list() as missing, "extra": int() as extra} if said == split:
+                case {
+                    "split": said,
+                    "missing": int() as lacking,
+                    "first": list() as first,
+                    "extra": int() as extra,
+                } if said == split:
                     pass
                 case _:
                     raise PeerMisbehaved("gave no answer about the order of samples", party=other)
-            rows = [row for row in missing if type(row) is int and 0 <= row < samples.count]
-            if rows or extra:
-                trouble.append(_both_ways(other, split, [_ids(samples, split)[row] for row in rows], extra))
+            rows = [row for row in first[:SHOWN] if type(row) is int and 0 <= row < samples.count]
+            if lacking or extra:
+                named = [_ids(samples, split)[row] for row in rows]
+                trouble.append(_both_ways(other, split, lacking, named, extra))
     if trouble:
         raise SamplesError(
             "; ".join(trouble),
@@ -85,6 +93,7 @@ def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, ow
     # A party outside the groups serves every member, so it may well hold samples that this member has not.
     serves_several = graph.streams > 1 and not any(party in group.members for group in graph.groups.values())
     order: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
     trouble = []
     while True:
         offer = guard.take((leader, ORDER))
@@ -93,8 +102,11 @@ def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, ow
             raise PeerMisbehaved("spoke of the order of another stream", party=leader)
         if not split:
             break
+        if split not in SPLITS or split in seen:
+            raise PeerMisbehaved("spoke of a split that there is not, or twice of one", party=leader)
+        seen.add(split)
         key, prints = offer.facts.get("key"), offer.tensors.get("prints")
-        if not isinstance(key, bytes) or prints is None or prints.dtype != torch.uint8 or prints.numel() % FINGERPRINT:
+        if not isinstance(key, bytes) or prints is None or not _is_bytes(prints):
             raise PeerMisbehaved("sent no fingerprints of sample ids", party=leader)
         raw = prints.numpy().tobytes()
         theirs = [raw[i : i + FINGERPRINT] for i in range(0, len(raw), FINGERPRINT)]
@@ -102,11 +114,11 @@ def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, ow
         ids = _ids(own, split)
         matched = match(ids, key, theirs, extra_allowed=serves_several)
         missing, extra = ([], ()) if isinstance(matched, list) else (list(matched.missing), matched.extra)
-        guard.release(
-            (leader, ORDER), Message("order", facts={"split": split, "missing": missing, "extra": len(extra)})
-        )
+        answer = {"split": split, "missing": len(missing), "first": missing[:SHOWN], "extra": len(extra)}
+        guard.release((leader, ORDER), Message("order", facts=answer))
         if isinstance(matched, Mismatch):
-            trouble.append(_both_ways(leader, split, [ids[row] for row in matched.extra], len(matched.missing)))
+            named = [ids[row] for row in matched.extra[:SHOWN]]
+            trouble.append(_both_ways(leader, split, len(matched.extra), named, len(matched.missing)))
         else:
             order[split] = torch.tensor(matched, dtype=torch.int64)
     if trouble:
@@ -121,11 +133,21 @@ def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, ow
 _FIX = "make the data functions return the samples that all parties have"
 
 
-def _both_ways(other: str, split: str, only_here: list[str], only_there: int) -> str:
+def _is_bytes(prints: torch.Tensor) -> bool:
+    """Whole fingerprints, as many bytes as travelled: a tensor that only repeats some would unfold to more."""
+    return (
+        prints.dtype == torch.uint8
+        and prints.dim() == 1
+        and prints.is_contiguous()
+        and not prints.numel() % FINGERPRINT
+    )
+
+
+def _both_ways(other: str, split: str, only_here: int, named: list[str], only_there: int) -> str:
     parts = []
     if only_here:
-        shown = ", ".join(only_here[:5]) + (", ..." if len(only_here) > 5 else "")
-        parts.append(f"{len(only_here)} of our ids are missing at {other} ({shown})")
+        shown = ", ".join(named) + (", ..." if only_here > len(named) else "")
+        parts.append(f"{only_here} of our ids are missing at {other} ({shown})")
     if only_there:
         parts.append(f"{only_there} ids of {other} are missing here")
     return f"{split} samples do not match: " + " and ".join(parts)
@@ -175,9 +197,11 @@ class Gossip:
 
     def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
         match dict(facts):
-            case {"say": "counts", "stream": int() as stream, **counts} if 0 <= stream < self._streams:
+            case {"say": "counts", "stream": int() as stream, **counts} if (
+                type(stream) is int and 0 <= stream < self._streams
+            ):
                 numbers = {
-                    split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**40
+                    split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**31
                 }
                 if len(numbers) == len(SPLITS) == len(counts):
                     return self._learn_counts(stream, numbers, said_by)

@@ -19,7 +19,7 @@ import torch
 
 from splitsec.errors import PeerMisbehaved
 from splitsec.guard import Guard
-from splitsec.messages import Message
+from splitsec.messages import DTYPES, Message
 from splitsec.plan import Edge, Plan, Stage
 from splitsec.schedule import PREDICT, TRAIN, MicroBatch, Step
 from splitsec.segments import Segment
@@ -222,6 +222,8 @@ class _StepRun:
             if edge.local:
                 self._returned[edge.index, micro.number] = gradient
             else:
+                if gradient is None and self.update is not None and _has_gradient(edge):
+                    gradient = torch.zeros(micro.rows, *edge.shape, dtype=DTYPES[edge.dtype])  # no way to a loss
                 self._send(edge, micro, "gradient", gradient, back=True)
         if self.update is not None and line.returned == len(line.work):
             line.segment.step()
@@ -236,10 +238,21 @@ class _StepRun:
     def _take_back(self, edge: Edge, micro: MicroBatch) -> torch.Tensor | None:
         if edge.local:
             return self._returned.pop((edge.index, micro.number))
-        return next(iter(self.guard.take((edge.target_party, edge.back_lane)).tensors.values()), None)
+        gradient = next(iter(self.guard.take((edge.target_party, edge.back_lane)).tensors.values()), None)
+        if gradient is None and self.update is not None and _has_gradient(edge):
+            raise PeerMisbehaved(
+                f"sent no gradient of {edge.source} -> {edge.target}",
+                party=edge.target_party,
+                expected="one while training",
+            )
+        return gradient
 
     def _send(self, edge: Edge, micro: MicroBatch, kind: str, tensor: torch.Tensor | None, *, back: bool) -> None:
         lane = (edge.source_party, edge.back_lane) if back else (edge.target_party, edge.lane)
         self.guard.release(
             lane, Message(kind, (self.step.number, micro.number), tensors={} if tensor is None else {"": tensor})
         )
+
+
+def _has_gradient(edge: Edge) -> bool:
+    return DTYPES[edge.dtype].is_floating_point

@@ -23,6 +23,12 @@ __all__ = ["Guard", "MessageThread", "Traffic"]
 
 LaneKey = tuple[str, int]
 
+KEY_LENGTHS: Final = {"control": 0, "order": 0, "weights": 1, "exchange": 1}
+"""How many numbers place a message of each kind; (step, micro-batch) for all others."""
+
+SMALL_HEADER: Final = 4096
+"""Bytes; what a message needs that describes one tensor or a few counts.  Weights and orders describe more."""
+
 
 class MessageThread(Protocol):
     """What the guard needs of ``splitsec.transports.iothread.IOThread``."""
@@ -102,6 +108,8 @@ class Guard:
             raise PeerMisbehaved(
                 f"sent a message on lane {arrived.lane}", party=party, expected="only what the graph declares"
             )
+        if declared.kind not in ("order", "weights") and len(arrived.header) > SMALL_HEADER:
+            raise PeerMisbehaved(f"sent a header of {len(arrived.header)} bytes for {declared.name}", party=party)
         try:
             message = decode(arrived.header, arrived.body)
         except BadMessage as error:
@@ -253,15 +261,16 @@ def _advice(complaint: str) -> str:
 def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:
     """What is wrong with ``message`` on ``lane``, or None.  The same rules in both directions."""
     if message.kind != lane.kind:
-        return f"a {message.kind!r} message"
+        return f"a {message.kind[:40]!r} message"
+    if len(message.key) != (due := KEY_LENGTHS.get(lane.kind, 2)):
+        return "no step and micro-batch" if due == 2 else f"{len(message.key)} numbers to place it"
+    if message.facts and lane.kind not in ("control", "order", "weights"):
+        return "facts beside the tensor"
     if message.key and last is not None and message.key <= last:
         return f"message {message.key} after {last}"
     tensors = message.tensors
-    if lane.kind in ("activation", "gradient", "labels"):
-        if len(message.key) != 2:
-            return "no step and micro-batch"
-        if lane.kind == "gradient" and not tensors:
-            return None
+    if lane.kind == "gradient" and not tensors:
+        return None  # the empty answer of a step without training; ``engine`` refuses it while training
     if lane.kind in ("activation", "gradient", "labels", "exchange"):
         if len(tensors) != 1:
             return f"{len(tensors)} tensors"

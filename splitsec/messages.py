@@ -78,7 +78,7 @@ def decode(header: bytes, body: memoryview) -> Message:
     Raises ``BadMessage`` on anything but exactly one well-formed message that uses up the whole body.
     """
     try:
-        unpacked = msgpack.unpackb(header, raw=False, strict_map_key=True, max_ext_len=0)
+        unpacked = msgpack.unpackb(header, raw=False, strict_map_key=True, max_ext_len=0, ext_hook=_no_extension)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadMessage("the header is not msgpack") from error
     match unpacked:
@@ -118,6 +118,10 @@ def decode(header: bytes, body: memoryview) -> Message:
     if offset != len(body):
         raise BadMessage("the body is longer than its tensors")
     return Message(kind, tuple(key), facts, tensors)
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError("msgpack extension types have no place here")
 
 
 def _row_major(shape: Sequence[int]) -> list[int]:

@@ -37,6 +37,7 @@ from splitsec.schedule import (
     Turn,
     prediction_schedule,
     run_schedule,
+    step_count,
     steps_of,
 )
 from splitsec.segments import Segment, build_segments
@@ -224,6 +225,13 @@ class Party:
                 }
         self.gossip = Gossip(self.graph, self.name, self.guard, self.plan.neighbours)
         self.counts = self.gossip.agree_on_counts(led)
+        for number, rows in self.rows.items():
+            if any(count != len(rows.get(split, ())) for split, count in self.counts[number].items()):
+                raise PeerMisbehaved(
+                    f"says that stream {number} has {self.counts[number]}",
+                    party=self._holders(number)[0],
+                    expected=f"{ {split: len(order) for split, order in rows.items()} }, as we hold ourselves",
+                )
         self.report({"event": "agreed", "counts": self.counts})
         if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
             raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
@@ -253,29 +261,27 @@ class Party:
             chosen = orders[micro.stream][micro.start : micro.start + micro.rows]
             return self.own[SPLIT[turn.phase]].fields[field][chosen]
 
-        steps = list(steps_of(self.graph, turn, self.counts, number))
+        steps = step_count(self.graph, turn, self.counts)
         if all(self.plan.streams[stream].idle for stream in turn.streams):
-            return number + len(steps), update + (len(steps) if turn.phase == TRAIN else 0)
+            return number + steps, update + (steps if turn.phase == TRAIN else 0)
         self.report(
             {
                 "event": "turn",
                 "phase": turn.phase,
                 "epoch": turn.epoch,
                 "streams": list(turn.streams),
-                "steps": len(steps),
+                "steps": steps,
             }
         )
         said = began = time.monotonic()
-        for place, step in enumerate(steps):
+        for place, step in enumerate(steps_of(self.graph, turn, self.counts, number)):
             made = engine.run_step(step, rows, update=update)
             update += turn.phase == TRAIN
             for name, outputs in made.items():
                 self.predictions.setdefault(name, []).extend(outputs)
-            if (now := time.monotonic()) - said >= STEP_REPORT_SECONDS or place + 1 == len(steps):
+            if (now := time.monotonic()) - said >= STEP_REPORT_SECONDS or place + 1 == steps:
                 said = now
-                self.report(
-                    {"event": "step", "phase": turn.phase, "epoch": turn.epoch, "done": place + 1, "of": len(steps)}
-                )
+                self.report({"event": "step", "phase": turn.phase, "epoch": turn.epoch, "done": place + 1, "of": steps})
         self.report(
             {"event": "turn over", "phase": turn.phase, "epoch": turn.epoch, "seconds": time.monotonic() - began}
         )
@@ -294,7 +300,7 @@ class Party:
                         "weight": self.graph.segments[segment.name].loss_weight,
                     }
                 )
-        return number + len(steps), update
+        return number + steps, update
 
     def _order_of(self, turn: Turn, stream: int) -> torch.Tensor:
         rows = self.rows[stream].get(SPLIT[turn.phase], torch.empty(0, dtype=torch.int64))
@@ -314,6 +320,8 @@ class Party:
                 self.guard.release((taker, lane), Message("weights", (place,), plain, tensors))
             elif self.name == taker:
                 message = self.guard.take((giver, lane))
+                if message.key != (place,):
+                    raise PeerMisbehaved(f"handed weights of {name!r} on out of turn", party=giver)
                 try:
                     self.segments[name].take_over(message.tensors, message.facts)
                 except (ValueError, RuntimeError, KeyError) as error:

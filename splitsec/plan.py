@@ -283,8 +283,8 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
 
         holders = graph.data_parties(stream)
         for holder in holders[1:]:
-            both(holders[0], holder, ORDER, "order", "order of samples", ORDER_BODY)
-            both(holder, holders[0], ORDER, "order", "order of samples", ORDER_BODY)
+            both(holders[0], holder, ORDER, "order", "order of samples", ORDER_BODY, most_waiting=8)
+            both(holder, holders[0], ORDER, "order", "order of samples", ORDER_BODY, most_waiting=8)
 
     if graph.schedule == "round_robin":
         for name, segment in graph.segments.items():
@@ -292,9 +292,9 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
             if len(members) > 1:
                 for k, member in enumerate(members):
                     after = members[(k + 1) % len(members)]
-                    both(member, after, weights_lane(graph, name), "weights", name, WEIGHTS_BODY)
+                    both(member, after, weights_lane(graph, name), "weights", name, WEIGHTS_BODY, most_waiting=2)
 
-    for exchange in graph.exchanges:
+    for exchange in graph.exchanges if exchanges else ():
         both(
             exchange.source,
             exchange.target,
@@ -308,6 +308,8 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
     if exchanges:
         wanted = {frozenset((exchange.source, exchange.target)) for exchange in graph.exchanges}
         links = tuple(link for link in graph.links() if party in link and frozenset(link) in wanted)
+        lanes_in = {key: lane for key, lane in lanes_in.items() if lane.kind == "exchange"}
+        lanes_out = {key: lane for key, lane in lanes_out.items() if lane.kind == "exchange"}
         return Plan(party, (), lanes_in, lanes_out, links, ())
     working = taking_part(graph)
     links = tuple(link for link in graph.links() if party in link and working.issuperset(link))

@@ -30,6 +30,7 @@ __all__ = [
     "Turn",
     "prediction_schedule",
     "run_schedule",
+    "step_count",
     "steps_of",
 ]
 
@@ -115,6 +116,14 @@ def prediction_schedule(graph: Graph) -> Iterator[Turn]:
     """Every stream's samples once, one stream after the other, each with the weights that its parties have loaded."""
     for stream in range(graph.streams):
         yield Turn(PREDICT, 0, (stream,))
+
+
+def step_count(graph: Graph, turn: Turn, counts: Sequence[Count]) -> int:
+    """How many steps ``turn`` has: as many as its longest stream has batches."""
+    batch = graph.training.batch_size
+    drop_last = graph.training.drop_last and turn.phase == TRAIN
+    sizes = [counts[stream][SPLIT[turn.phase]] for stream in turn.streams]
+    return max((size // batch if drop_last else -(-size // batch) for size in sizes), default=0)
 
 
 def steps_of(graph: Graph, turn: Turn, counts: Sequence[Count], first: int) -> Iterator[Step]:

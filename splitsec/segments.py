@@ -7,8 +7,10 @@ Not here: when and with whose tensors (``engine``), where models come from (``pa
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch import nn
 
 from splitsec.errors import PartyFileError
 from splitsec.graph import CUSTOM, LOSSES, Graph
+from splitsec.messages import finite
 from splitsec.partyfile import PartyFile
 from splitsec.plan import Edge, Stage
 from splitsec.samples import seed_of
@@ -215,7 +218,10 @@ class Segment:
         """
         own = self.module.state_dict()
         if set(own) != set(weights):
-            raise ValueError(f"names differ: {', '.join(sorted(set(own) ^ set(weights)))}")
+            missing, foreign = sorted(set(own) - set(weights)), len(set(weights) - set(own))
+            raise ValueError(
+                f"{foreign} tensors that the module has not, and without {', '.join(missing) or 'none'} of its own"
+            )
         for name, tensor in own.items():
             if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
                 raise ValueError(
@@ -250,7 +256,30 @@ class Segment:
         return tensors, plain
 
     def take_over(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-        """Go on from what another member handed on.  Raises ``ValueError`` if it does not fit this module."""
+        """Go on from what another member handed on.  Raises ``ValueError``, with nothing changed, if it does not fit.
+
+        It is tried on a copy first, with a step of no gradient: an optimizer believes whatever state it is given.
+        """
+        if not all(name.startswith(("weights/", "optimizer/")) for name in tensors):
+            raise ValueError("tensors that are neither weights nor optimizer state")
+        if not all(
+            value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in plain.values()
+        ):
+            raise ValueError("optimizer state that is no number")
+        trial = Segment(self.name, *copy.deepcopy((self.module, self.optimizer)))
+        try:
+            trial._adopt({name: tensor.clone() for name, tensor in tensors.items()}, plain)
+            if trial.optimizer is not None:
+                for parameter in trial.module.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                trial.optimizer.step()
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"optimizer state that it cannot step with ({type(error).__name__})") from error
+        if not all(map(finite, trial.weights().values())):
+            raise ValueError("optimizer state that makes weights infinite")
+        self._adopt(tensors, plain)
+
+    def _adopt(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
         self.load_weights(
             {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
         )

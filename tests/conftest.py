@@ -171,10 +171,15 @@ def change(file: Path, *changes: tuple[str, str]) -> None:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback, for one listener.  It stays bound (not listening) here, so that nobody else is given it."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return int(holder.getsockname()[1])
+
+
+_held: Final[list[socket.socket]] = []
 
 
 # --- processes

@@ -14,7 +14,10 @@ new one each time.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import os
 import socket
 import struct
 from collections.abc import Hashable, Sequence
@@ -45,6 +48,16 @@ _RECONNECT_MS: Final = 100  # first pause between two tries
 _RECONNECT_MAX_MS: Final = 1_000  # the pause doubles up to this: a peer that comes up late waits no longer
 
 
+def _scatter_routing_ids() -> None:
+    """Give libzmq's automatic routing ids an unpredictable start.
+
+    A peer may claim a routing id, and libzmq ends the process if its next automatic one is taken.  It starts counting
+    at the C library's rand(), which nobody seeds, so a stranger would know the number.  Seeded, it takes a search.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
+
+
 @final
 class ZeroMQTransport(Transport):
     """One ZeroMQ context, and so one ZeroMQ thread beside ours."""
@@ -52,6 +65,7 @@ class ZeroMQTransport(Transport):
     def __init__(self, scheme: str) -> None:
         """``scheme``: tcp or ipc."""
         self._scheme = scheme
+        _scatter_routing_ids()
         self._context: zmq.Context[Socket] = zmq.Context()
 
     def listen(self, address: str) -> Port:
