@@ -67,14 +67,14 @@ class Thread:
         self.closed.append(reason)
 
 
-def door(party: str) -> tuple[Guard, Thread]:
+def door(party: str, *, exchanges: bool = False) -> tuple[Guard, Thread]:
     thread = Thread()
     keys = {name: key for name, key in KEYS.items() if name != party}
-    return Guard(make_plan(GRAPH, party), keys, thread, connect_timeout=5), thread
+    return Guard(make_plan(GRAPH, party, exchanges=exchanges), keys, thread, connect_timeout=5), thread
 
 
 def lane_of(party: str, kind: str, *, into: bool) -> Lane:
-    plan = make_plan(GRAPH, party)
+    plan = make_plan(GRAPH, party, exchanges=kind == "exchange")
     (lane,) = [lane for lane in (plan.lanes_in if into else plan.lanes_out).values() if lane.kind == kind]
     return lane
 
@@ -235,15 +235,16 @@ def test_a_gradient_may_be_empty_and_an_activation_may_not() -> None:
 def test_lanes_that_carry_no_tensor(kind: str) -> None:
     guard, thread = door("server")
     lane = next(key for key, lane in guard.plan.lanes_out.items() if lane.kind == kind)
-    guard.release(lane, Message(kind, (0, 0)))
+    key = (0, 0) if kind == "taken" else ()
+    guard.release(lane, Message(kind, key))
     with pytest.raises(EgressRefused, match="1 tensors"):
-        guard.release(lane, Message(kind, (0, 1), tensors={"": torch.ones(1)}))
+        guard.release(lane, Message(kind, (0, 1) if key else (), tensors={"": torch.ones(1)}))
     assert len(thread.sent) == 1
 
 
 def test_an_exchange() -> None:
     """Any number of rows of 16; no more bytes than the graph allows are accepted, and that is the lane's own limit."""
-    guard, thread = door("clinic")
+    guard, thread = door("clinic", exchanges=True)
     lane = to_server("exchange")
     guard.release(lane, Message("exchange", (1,), tensors={"histogram": torch.ones(10, 16, dtype=torch.float64)}))
     for wrong in (torch.ones(10, 15, dtype=torch.float64), torch.ones(10, 16), torch.ones(16, dtype=torch.float64)):
@@ -253,8 +254,30 @@ def test_an_exchange() -> None:
     assert lane_of("server", "exchange", into=True).max_body == 1280
 
 
+def test_a_run_has_no_lane_for_exchanges_and_an_exchange_none_for_a_run() -> None:
+    """Who sends on a lane that nobody takes from would fill memory."""
+    run, alone = make_plan(GRAPH, "server"), make_plan(GRAPH, "server", exchanges=True)
+    assert "exchange" not in {lane.kind for lane in run.lanes_in.values()}
+    assert {lane.kind for lane in alone.lanes_in.values()} == {"exchange"}
+
+
+def test_facts_beside_a_tensor_are_refused() -> None:
+    guard, _ = door("server")
+    lane = lane_of("server", "activation", into=True)
+    message = activation(0, 0, 2)
+    stuffed = Message(message.kind, message.key, {"more": "than a tensor"}, message.tensors)
+    with pytest.raises(PeerMisbehaved, match="facts beside the tensor"):
+        guard.admit(arrival(lane.number, stuffed))
+
+
+def test_a_long_header_is_refused_before_it_is_read() -> None:
+    guard, _ = door("server")
+    with pytest.raises(PeerMisbehaved, match="sent a header of 5000 bytes"):
+        guard.admit(Received(KEYS["clinic"], 0, b"\x00" * 5000, memoryview(bytearray())))
+
+
 def test_an_exchange_of_more_bytes_than_the_graph_allows_does_not_leave() -> None:
-    guard, thread = door("clinic")
+    guard, thread = door("clinic", exchanges=True)
     with pytest.raises(EgressRefused, match="exchange of histogram to server: 1408 bytes"):
         guard.release(
             to_server("exchange"),

@@ -156,3 +156,27 @@ def test_modules_are_looked_at_in_evaluation_mode(folder: Path) -> None:
     model(folder, "nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))")
     change(folder / "parties" / "data.py", ("samples(site, 24)", "samples(site, 1)"))
     checked(folder)
+
+
+def test_labels_above_the_number_of_outputs(folder: Path) -> None:
+    """Two scores for each sample, and three classes: the first batch with the third class would fail."""
+    change(folder / "parties" / "data.py", ("x[:, :3].argmax(1)", "x[:, :3].argmax(1) + 1"))
+    with pytest.raises(GraphError, match="go up to 3, but it has 3 outputs") as error:
+        checked(folder)
+    assert error.value.expected == "one output for each class: at least 4"
+
+
+def test_labels_of_a_dtype_that_the_loss_does_not_take(folder: Path) -> None:
+    change(folder / "parties" / "data.py", ("x[:, :3].argmax(1)", "x[:, :3].argmax(1).int()"))
+    with pytest.raises(PartyFileError, match="field 'y', which labels 'trunk', is int32") as error:
+        checked(folder)
+    assert error.value.fix == "return it as int64 from the data function"
+
+
+def test_what_user_code_prints_is_not_on_standard_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with (folder / "parties" / "models.py").open("a") as file:
+        file.write("\n\nprint('from Python')\nos.write(1, b'from below\\n')\n")
+    checked(folder)
+    seen = capfd.readouterr()
+    assert seen.out == ""
+    assert "from Python" in seen.err and "from below" in seen.err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -169,3 +169,35 @@ def test_state_that_does_not_fit_is_refused(tensors: dict[str, Tensor], plain: d
     weights, _ = segment.hand_on()
     with pytest.raises(ValueError, match="optimizer"):
         segment.take_over({**weights, **tensors}, plain)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda tensors, plain: plain.update({"0/momentum_buffer": "text"}), "no number"),
+        (lambda tensors, plain: plain.update({"group/0/lr": float("nan")}), "no number"),
+        (lambda tensors, plain: tensors.update({"optimizer/0/momentum_buffer": torch.ones(2)}), "cannot step"),
+        (lambda tensors, plain: tensors.update({"optimizer/9/momentum_buffer": torch.ones(2)}), "parameter 9 of 2"),
+        (lambda tensors, plain: tensors.update({"smuggled": torch.ones(2)}), "neither weights nor optimizer state"),
+        (lambda tensors, plain: tensors.pop("weights/weight"), "without weight of its own"),
+    ],
+)
+def test_hostile_state_is_refused_and_changes_nothing(spoil: Callable[[Any, Any], Any], words: str) -> None:
+    """What another member hands on is tried on a copy: an optimizer would believe anything, and fail a step later."""
+
+    def segment() -> Segment:
+        module = nn.Linear(3, 2)
+        return Segment("stem", module, torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9))
+
+    giver, taker = segment(), segment()
+    giver.module(torch.ones(1, 3)).sum().backward()
+    giver.step()
+    tensors, plain = giver.hand_on()
+    spoil(tensors, plain)
+    before = taker.weights()
+    with pytest.raises(ValueError, match=words):
+        taker.take_over(tensors, plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in taker.weights().items())
+    assert taker.optimizer is not None and not taker.optimizer.state
+    taker.take_over(*giver.hand_on())
+    assert torch.equal(taker.weights()["weight"], giver.weights()["weight"])
