@@ -73,7 +73,7 @@ class Guard:
         declared = self.plan.lanes_out.get(lane)
         if declared is None:
             raise EgressRefused(
-                f"a {message.kind} message for {lane[0]} on lane {lane[1]}", expected="a cut that the graph declares"
+                f"{message.kind} message for {lane[0]} on lane {lane[1]}", expected="a cut that the graph declares"
             )
         complaint = _complaint(declared, message, self._last_out.get(lane))
         if complaint is not None:

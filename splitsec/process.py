@@ -8,6 +8,7 @@ open: when it closes, the parent is gone and the process ends.  Not here: the pa
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import functools
 import json
@@ -91,6 +92,12 @@ def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, also where user code lets no other thread run."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def described(error: BaseException) -> dict[str, Any]:
     """An error as plain values for the parent: what a user reads, and what it exits with."""
     known = error if isinstance(error, SplitsecError) else internal(error)
@@ -114,6 +121,7 @@ def main() -> int:
     """Be the party that standard input describes; events go out on what was standard output, all else to standard
     error.
     """
+    _die_with_parent()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))

@@ -166,7 +166,7 @@ def _patience(seconds: float) -> Iterator[Callable[[str], None]]:
     def begin(party: str) -> None:
         nonlocal current
         current = party
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where user code swallows it
 
     def too_late(*_: object) -> None:
         raise _late(current, seconds)

@@ -8,7 +8,9 @@ traceback, unless ``SPLITSEC_DEBUG=1`` asks for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from splitsec.errors import SplitsecError
 
+    with contextlib.suppress(ValueError):  # not in the main thread: then it is not ours to say
+        signal.signal(
+            signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+        )  # so that what was begun is cleared away
     try:
         return runs[arguments.command](arguments)
     except SplitsecError as error:

@@ -43,6 +43,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict and print."""
+    from splitsec.partyfile import load_folder
+
+    load_folder(arguments.folder)  # a mistake in the files is told before torch is loaded
+
     from splitsec.cli.progress import Followed, print_result
     from splitsec.simulation import predict
 

@@ -51,6 +51,10 @@ def seeded(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and print."""
+    from splitsec.partyfile import load_folder
+
+    load_folder(arguments.folder)  # a mistake in the files is told before torch is loaded
+
     from splitsec.cli.progress import Followed, print_result
     from splitsec.simulation import simulate
 
