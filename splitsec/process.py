@@ -25,6 +25,10 @@ from splitsec.errors import InternalError, PeerError, SplitsecError
 
 __all__ = ["described", "internal", "main", "prepare"]
 
+SWITCH_SECONDS = 0.0002
+"""How long the computing thread may keep the interpreter while the I/O thread has a frame to send or open.  Python's
+own 5 ms is longer than a small step; measured here, a step of 0.8 ms then costs 2.3 ms more when split, else 1.5 ms."""
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 
@@ -35,6 +39,7 @@ def prepare(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+    sys.setswitchinterval(SWITCH_SECONDS)
     _leave_the_compiler_out()
 
 

@@ -68,7 +68,7 @@ NETWORKS: Final[dict[str, Network]] = {
         ),
         image=(3, 32, 32),
         cut=(32, 16, 16),
-        batch=64,
+        batch=128,
         about="six convolutions on 32 x 32, cut after the second",
     ),
 }
