@@ -33,10 +33,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from splitsec import errors, simulation
 from splitsec.contract import canonical_bytes, digest
 from splitsec.graph import Graph, parse_graph
-from splitsec.guard import Guard
+from splitsec.guard import SMALL_HEADER, Guard
 from splitsec.identity import parse_public
 from splitsec.messages import Message, encode
-from splitsec.plan import make_plan
+from splitsec.plan import Lane, make_plan
 from splitsec.simulation import simulate
 from splitsec.transports import limits
 from splitsec.transports.channel import Channel, Outgoing
@@ -243,7 +243,11 @@ def test_the_limits_are_those_of_the_code() -> None:
         "time for a handshake": f"{limits.ANSWER_SECONDS:g} s",
         "lines that strangers cause in the log": f"{limits.LOGS_BURST:g} at once, "
         f"1 in {1 / limits.LOGS_PER_SECOND:g} s",
-        "messages that wait on one lane for the computing thread": "65,536",
+        "messages that wait on one lane for the computing thread": (
+            "cuts and labels: micro-batches · streams · (parties + 1); weights 2; order 8; "
+            f"others {Lane(0, '', 'control', '', 0).most_waiting:,}"
+        ),
+        "header of a message, but of weights and order": f"{SMALL_HEADER // 1024} KiB",
     }
 
 
