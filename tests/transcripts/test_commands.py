@@ -195,6 +195,19 @@ splitsec: nowhere/graph.yaml: there is no such file
   to do: check the path
 [exit 2]
 $ splitsec predict nowhere --weights nowhere --out out
+splitsec: nowhere/graph.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+"""
+    )
+
+
+def test_no_trained_segments(shell: Shell, folder: Path) -> None:
+    assert (
+        transcript(shell, "predict small --weights nowhere --out out")
+        == """\
+$ splitsec predict small --weights nowhere --out out
 splitsec: no folder nowhere
   expected: the folder that `--out` of a training run wrote
   to do: train first
