@@ -325,8 +325,9 @@ class Party:
                 try:
                     self.segments[name].take_over(message.tensors, message.facts)
                 except (ValueError, RuntimeError, KeyError) as error:
+                    said = repr(str(error))[1:-1][:300]  # it may hold the peer's own words: no control characters
                     raise PeerMisbehaved(
-                        f"handed on weights of {name!r} that do not fit: {error}",
+                        f"handed on weights of {name!r} that do not fit: {said}",
                         party=giver,
                         expected="the same module and optimizer at every member of the group",
                     ) from error
