@@ -5,6 +5,7 @@
 #   make lint        ruff: rules and format          make format   let ruff mend them
 #   make types       mypy --strict
 #   make contracts   import contracts
+#   make chaos       10,000 messages over a line that breaks hundreds of times (SEED=n repeats a run)
 #   make wheel       build sdist and wheel in dist/
 #   make check       all of the above, as .ci/run does
 #   make clean       remove what these made
@@ -14,12 +15,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+SEED ?= 0
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contracts wheel check install clean
+.PHONY: help demo test chaos lint format types contracts wheel check install clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +54,9 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-dev
 	@echo "==> pytest: the whole suite (some minutes)"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(VENV)/installed-dev
+	@SPLITSEC_CHAOS=1 SPLITSEC_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/transports/test_reconnect.py -k in_full
 
 lint: $(VENV)/installed-dev
 	@echo "==> ruff"

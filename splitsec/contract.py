@@ -13,7 +13,7 @@ strings, made from the graph by these rules:
     order means something.  Lists are arrays in the order of the file.
 3.  A number that the reference calls a float is a string of 16 lower-case hexadecimal digits: its IEEE 754 binary64
     representation, most significant byte first ("3ff0000000000000" is 1.0).  Other numbers are decimal integers,
-    without leading zeros.
+    without leading zeros.  `true` and `false` are JSON's.
 4.  In strings, `"` and `\\` are preceded by `\\`; every other character stands for itself.
 
 The digest is the SHA-256 of these bytes.  Comments, white space, quotes, the order of keys in a record, and whether a

@@ -7,6 +7,7 @@ ledger and journal will stand here too, before the channel sees anything.  Not h
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,11 @@ from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, 
 from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
 from splitsec.plan import Lane, Plan
 from splitsec.transports import errors as below
-from splitsec.transports.iothread import CloseCode, Closed, Event, Opened, Received
+from splitsec.transports.iothread import CloseCode, Closed, Event, Interrupted, Opened, Received, Resumed
 
-__all__ = ["Guard", "MessageThread", "Traffic"]
+__all__ = ["Guard", "MessageThread", "Passed", "Traffic"]
+
+_log = logging.getLogger("splitsec")
 
 LaneKey = tuple[str, int]
 
@@ -35,7 +38,23 @@ class MessageThread(Protocol):
 
     def send(self, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True) -> None: ...
     def receive(self, timeout: float | None = None) -> Event | None: ...
+    def close_peer(self, peer: bytes, reason: int, why: str) -> None: ...
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None: ...
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One message that passed the door, as far as may be told of it: never what is in it."""
+
+    out: bool
+    lane: Lane
+    key: tuple[int, ...]
+    header_bytes: int
+    body_bytes: int
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """Dtype and shape of each."""
+    waited: float = 0.0
+    """Seconds for which the computing thread stood still until it came in."""
 
 
 @dataclass
@@ -47,10 +66,22 @@ class Traffic:
 
 
 class Guard:
-    """One party's door.  ``keys``: party name to X25519 public key for every peer in the plan."""
+    """One party's door.  ``keys``: party name to X25519 public key for every peer in the plan.
 
-    def __init__(self, plan: Plan, keys: Mapping[str, bytes], thread: MessageThread, *, connect_timeout: float) -> None:
+    ``together``: nobody can go on once one party has gone (a run); otherwise only who waits for that party is told.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        keys: Mapping[str, bytes],
+        thread: MessageThread,
+        *,
+        connect_timeout: float,
+        together: bool = True,
+    ) -> None:
         self.plan = plan
+        self._together = together
         self.traffic: dict[LaneKey, Traffic] = defaultdict(Traffic)
         self._thread = thread
         self._keys = dict(keys)
@@ -62,6 +93,15 @@ class Guard:
         self._gone: dict[str, PeerError] = {}
         self._connect_timeout = connect_timeout
         self.on_opened: Callable[[str], None] = lambda party: None
+        self.on_interrupted: Callable[[str, str, float], None] = lambda party, why, seconds: None
+        """``(party, why, seconds)``: its connection broke, and is tried again for so long."""
+        self.on_resumed: Callable[[str], None] = lambda party: None
+        self.on_closed: Callable[[str, int], None] = lambda party, code: None
+        """``(party, code)``: its channel is over, with this ``CloseCode``."""
+        self.on_passed: Callable[[Passed], None] | None = None
+        """Told of every message, for whoever traces."""
+        self._waited = 0.0
+        """Seconds since the last message came in, or a channel opened; measured only for ``on_passed``."""
 
     # --- out
 
@@ -94,13 +134,27 @@ class Guard:
         except below.TransportsError as error:
             raise self._peer_error(declared.peer, error) from error
         passed = self.traffic[lane]
+        size = sum(part.nbytes for part in body)
         passed.messages += 1
-        passed.bytes += len(header) + sum(part.nbytes for part in body)
+        passed.bytes += len(header) + size
+        if self.on_passed is not None:
+            self.on_passed(_passed(True, declared, message, len(header), size))
 
     # --- in
 
     def admit(self, arrived: Received) -> None:
-        """Check one message against its lane's declaration and let it wait there.  Raises ``PeerMisbehaved``."""
+        """Check one message against its lane's declaration and let it wait there.
+
+        Raises ``PeerMisbehaved``, and closes the channel with the sender.
+        """
+        try:
+            self._admit(arrived)
+        except PeerMisbehaved as error:
+            self._gone[self._names[arrived.peer]] = error
+            self._thread.close_peer(arrived.peer, CloseCode.MISBEHAVED, error.seen)
+            raise
+
+    def _admit(self, arrived: Received) -> None:
         party = self._names[arrived.peer]
         key = (party, arrived.lane)
         declared = self.plan.lanes_in.get(key)
@@ -124,6 +178,9 @@ class Guard:
         if message.key:
             self._last_in[key] = message.key
         self._waiting[key].append(message)
+        if self.on_passed is not None:
+            waited, self._waited = self._waited, 0.0
+            self.on_passed(_passed(False, declared, message, len(arrived.header), len(arrived.body), waited))
 
     def peek(self, lane: LaneKey) -> Message | None:
         """The oldest message waiting on ``lane``, or None."""
@@ -144,19 +201,38 @@ class Guard:
         for party in on:
             if party in self._gone:
                 raise self._gone[party]
-        event = self._thread.receive(timeout)
-        match event:
-            case None:
-                return False
-            case Received():
-                self.admit(event)
-            case Opened(peer=peer):
-                party = self._names[peer]
-                self._opened.add(party)
-                self.on_opened(party)
-            case Closed(peer=peer, error=error, code=code):
-                self._close_event(self._names[peer], error, code)
+        if self.on_passed is None:
+            event = self._thread.receive(timeout)
+        else:
+            asked = time.monotonic()
+            event = self._thread.receive(timeout)
+            self._waited += time.monotonic() - asked
+        if event is None:
+            return False
+        try:
+            self._deal_with(event)
+        except PeerError as error:
+            if self._together:
+                raise
+            _log.warning("%s", error)  # whoever waits for this party, or sends to it, is told then
         return True
+
+    def _deal_with(self, event: Event) -> None:
+        party = self._names[event.peer]
+        match event:
+            case Received() if party not in self._gone:
+                self.admit(event)
+            case Opened():
+                self._opened.add(party)
+                self._waited = 0.0
+                self.on_opened(party)
+            case Interrupted(error=error, seconds=seconds):
+                self.on_interrupted(party, str(error), seconds)
+            case Resumed():
+                self.on_resumed(party)
+            case Closed(error=error, code=code) if party not in self._gone:
+                self.on_closed(party, code)
+                self._close_event(party, error, code)
 
     def open_all(self, parties: Iterable[str]) -> None:
         """Wait until every one of ``parties`` is connected and authenticated.  Raises ``PeerUnreachable`` and its
@@ -165,6 +241,8 @@ class Guard:
         wanted = set(parties)
         deadline = time.monotonic() + self._connect_timeout
         while not wanted <= self._opened:
+            for party in wanted & self._gone.keys():
+                raise self._gone[party]
             left = deadline - time.monotonic()
             if left <= 0 or not self.wait(timeout=left):
                 missing = sorted(wanted - self._opened)
@@ -192,6 +270,13 @@ class Guard:
         if isinstance(error, below.PeerMisbehaved):
             return PeerMisbehaved(
                 f"{error}", party=party, expected="only frames of this session, each once, unaltered and in order"
+            )
+        if isinstance(error, below.Restarted):
+            return PeerLost(
+                f"cannot go on: {error}",
+                party=party,
+                expected="every party to stay up for the whole run, and one process for each key",
+                fix="look whether one of the two was restarted, or runs twice; then start all parties again",
             )
         if isinstance(error, below.Lost):
             if party in self._opened:
@@ -221,6 +306,7 @@ _GOODBYES: Final[dict[int, tuple[str, str]]] = {
     CloseCode.MISBEHAVED: ("closed the channel: it says that we sent what the graph does not allow", "read its log"),
     CloseCode.LOST: ("closed the channel: it had not heard from us for too long", "look at the connection"),
     CloseCode.STOPPED: ("was stopped by its operator", "ask there"),
+    CloseCode.RESTARTED: ("was started anew", "start all parties again"),
 }
 
 _REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
@@ -242,6 +328,11 @@ _REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
     },
     below.RefusalReason.BUSY: {"expected": "a free place", "fix": "look whether this party is running twice"},
 }
+
+
+def _passed(out: bool, lane: Lane, message: Message, header_bytes: int, body_bytes: int, waited: float = 0.0) -> Passed:
+    tensors = tuple((NAMES[tensor.dtype], tuple(tensor.shape)) for tensor in message.tensors.values())
+    return Passed(out, lane, message.key, header_bytes, body_bytes, tensors, waited)
 
 
 def _declaration(lane: Lane) -> str:

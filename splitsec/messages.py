@@ -78,8 +78,16 @@ def decode(header: bytes, body: memoryview) -> Message:
     Raises ``BadMessage`` on anything but exactly one well-formed message that uses up the whole body.
     """
     try:
-        unpacked = msgpack.unpackb(header, raw=False, strict_map_key=True, max_ext_len=0, ext_hook=_no_extension)
-    except (ValueError, msgpack.UnpackException) as error:
+        unpacked = msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MOST_TENSORS,  # lists are made as long as they claim to be
+            max_map_len=MOST_TENSORS,
+            max_ext_len=0,
+            ext_hook=_no_extension,
+        )
+    except (ValueError, MemoryError, msgpack.UnpackException) as error:
         raise BadMessage("the header is not msgpack") from error
     match unpacked:
         case [str() as kind, list() as key, dict() as facts, list() as described]:

@@ -43,7 +43,7 @@ class Line:
         self._exchanges = {exchange.name: exchange for exchange in graph.exchanges}
         self._sent = 0
         plan = make_plan(graph, party, exchanges=True)
-        self._guard = open_guard(graph, plan, private_key, listen=listen)
+        self._guard = open_guard(graph, plan, private_key, listen=listen, together=False)
         try:
             self._guard.open_all(plan.peers)
         except BaseException:

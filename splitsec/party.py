@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,14 +42,15 @@ from splitsec.schedule import (
     steps_of,
 )
 from splitsec.segments import Segment, build_segments
+from splitsec.trace import Trace
 from splitsec.transports.errors import TransportsError
 from splitsec.transports.iothread import CloseCode, IOThread, Peer
 
 __all__ = ["Job", "Party", "Report", "run_party"]
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes what happens, as plain JSON values with an ``event``: ready, connected, turn, step, turn over, score, saved,
-done.
+"""Takes what happens, as plain JSON values with an ``event``: ready, connected, interrupted, resumed, turn, step, turn
+over, score, warning, saved, done.
 """
 
 STEP_REPORT_SECONDS = 0.1
@@ -57,13 +59,14 @@ STEP_REPORT_SECONDS = 0.1
 @dataclass(frozen=True)
 class Job:
     """What to run.  ``out``: folder for trained segments and predictions; ``weights``: folder of trained segments to
-    load.
+    load; ``trace``: file to which the outside of every message is written (docs/tracing.md).
     """
 
     action: Literal["train", "predict"] = "train"
     out: Path | None = None
     weights: Path | None = None
     split: Literal["train", "test", "predict"] = "predict"
+    trace: Path | None = None
 
 
 def run_party(
@@ -79,24 +82,54 @@ def run_party(
     ``graph`` must give every party a key.  Raises ``SplitsecError``; the other parties are then told that this one
     has left.
     """
-    party = Party(graph, party_file, private_key=private_key, job=job or Job(), report=report)
-    reason = CloseCode.ERROR
-    try:
-        party.connect()
-        party.agree()
-        party.run()
-        party.save()
-        reason = CloseCode.NORMAL
-    except KeyboardInterrupt:
-        reason = CloseCode.STOPPED
-        raise
-    finally:
-        party.close(reason)
+    job = job or Job()
+    with ExitStack() as closing:
+        trace = None
+        if job.trace is not None:
+            trace = closing.enter_context(_trace(job.trace, graph, party_file, job, report))
+        party = Party(graph, party_file, private_key=private_key, job=job, report=report)
+        reason = CloseCode.ERROR
+        try:
+            party.connect(trace)
+            party.agree()
+            party.run()
+            party.save()
+            reason = CloseCode.NORMAL
+        except KeyboardInterrupt:
+            reason = CloseCode.STOPPED
+            raise
+        finally:
+            if trace is not None:
+                trace.close(reason.name.lower())  # before the goodbyes: a simulation does not wait long for them
+            party.close(reason)
 
 
-def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | None = None) -> Guard:
+def _trace(file: Path, graph: Graph, party_file: PartyFile, job: Job, report: Report) -> Trace:
+    def warn(text: str) -> None:
+        report({"event": "warning", "text": text})
+
+    return Trace(
+        file,
+        party=party_file.party,
+        graph=graph.name,
+        action=job.action,
+        parties=tuple(graph.parties),
+        warn=warn,
+    )
+
+
+def open_guard(
+    graph: Graph,
+    plan: Plan,
+    private_key: bytes,
+    *,
+    listen: str | None = None,
+    options: Mapping[str, Mapping[str, str]] | None = None,
+    together: bool = True,
+) -> Guard:
     """The door of ``plan.party`` with its I/O thread started: it listens, dials, and forwards for others.
 
+    ``options``: this party's own for a transport, by scheme.  ``together``: as ``Guard`` takes it.
     Raises ``GraphError`` where a party has no key, ``UserError`` where the address to listen at is taken.
     """
     name = plan.party
@@ -138,6 +171,9 @@ def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | No
         forwards=forwards,
         connect_timeout=graph.timeouts.connect,
         lost_after=graph.timeouts.lost,
+        gone_after=graph.timeouts.gone,
+        post_quantum=graph.post_quantum,
+        options=options,
     )
     try:
         thread.start()
@@ -147,7 +183,8 @@ def open_guard(graph: Graph, plan: Plan, private_key: bytes, *, listen: str | No
             expected="an address of this machine that nobody else listens at",
             fix="look what uses it, or give another `listen` in the party file",
         ) from error
-    return Guard(plan, {peer: keys[peer] for peer in plan.peers}, thread, connect_timeout=graph.timeouts.connect)
+    names = {peer: keys[peer] for peer in plan.peers}
+    return Guard(plan, names, thread, connect_timeout=graph.timeouts.connect, together=together)
 
 
 class Party:
@@ -196,10 +233,19 @@ class Party:
         """The parties whose samples make up ``stream``, the leader first; to predict, nobody needs labels."""
         return self.graph.data_parties(stream, labels=self.job.action == "train")
 
-    def connect(self) -> None:
-        """Open a channel to every peer.  Raises ``PeerUnreachable``, ``PeerRefusedUs``."""
+    def connect(self, trace: Trace | None = None) -> None:
+        """Open a channel to every peer; ``trace`` follows what passes there.
+
+        Raises ``PeerUnreachable``, ``PeerRefusedUs``.
+        """
         self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen)
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
+        self._guard.on_interrupted = lambda party, why, seconds: self.report(
+            {"event": "interrupted", "peer": party, "why": why, "seconds": round(seconds, 1)}
+        )
+        self._guard.on_resumed = lambda party: self.report({"event": "resumed", "peer": party})
+        if trace is not None:
+            trace.follow(self._guard)
         self._guard.open_all(self.plan.peers)
         self.report({"event": "connected"})
 

@@ -12,7 +12,9 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import re
+import stat
 import sys
 import threading
 import traceback
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from splitsec import yamlfile
 from splitsec.errors import PartyFileError
@@ -35,6 +37,7 @@ __all__ = [
     "Optimizer",
     "PartyFile",
     "SegmentCode",
+    "WebSocket",
     "check_party",
     "load_folder",
     "load_function",
@@ -64,6 +67,21 @@ def _optimizer_name(text: str) -> str:
             expected="a class of torch.optim in lower case, e.g. `sgd` or `adam`, or MODULE:CLASS",
             fix=f"write `{text.lower()}`" if re.fullmatch(r"\w+", text) else "correct the name",
         )
+    return text
+
+
+def _proxy_url(text: str) -> str:
+    from splitsec.transports.tunnel import NO_PROXY, parse_proxy  # loads the web; most parties never need it
+
+    try:
+        if text != NO_PROXY:
+            parse_proxy(text)
+    except ValueError as reason:  # the URL may hold a password: it is not shown
+        raise mistake(
+            "`wss.proxy` is no proxy that can be used",
+            expected=str(reason).removeprefix("expected "),
+            fix="correct it, or write `proxy: none` to go without one",
+        ) from None
     return text
 
 
@@ -119,6 +137,45 @@ class DataFunctions(_Entry):
     args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of all of them")
 
 
+class WebSocket(_Entry):
+    """What this party needs for addresses that begin with `wss://`; paths are relative to the party file."""
+
+    certificate: str | None = Field(
+        default=None,
+        min_length=1,
+        description="certificate in PEM, with the chain behind it, of a party that listens at `wss://`",
+    )
+    key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="its private key in PEM, without a passphrase; a file that only its owner may read (mode 0600)",
+    )
+    ca: str | None = Field(
+        default=None,
+        min_length=1,
+        description="certificates in PEM of those who vouch for the parties that this one dials; without it, those "
+        "whom the system trusts",
+    )
+    proxy: Annotated[str, AfterValidator(_proxy_url)] | None = Field(
+        default=None,
+        min_length=1,
+        repr=False,
+        description="HTTP proxy on the way out, `http://HOST:PORT` or `http://USER:PASSWORD@HOST:PORT`; `none`: "
+        "without one; without this key, what HTTPS_PROXY and NO_PROXY in the environment say",
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> WebSocket:
+        for one, other in (("certificate", "key"), ("key", "certificate")):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                raise mistake(
+                    f"`wss` has a `{one}`, but no `{other}`",
+                    expected="both where the party listens at wss://, none where it only dials",
+                    fix=f"add `{other}`, or remove `{one}`",
+                )
+        return self
+
+
 class PartyFile(_Entry):
     """A whole party file."""
 
@@ -142,6 +199,10 @@ class PartyFile(_Entry):
         default=None, description="address to listen on in place of the graph's `listen`, e.g. behind a port mapping"
     )
 
+    wss: WebSocket | None = Field(
+        default=None, description="TLS files and proxy, where an address begins with `wss://`; see docs/websocket.md"
+    )
+
     _document: Document | None = PrivateAttr(None)
 
     def model_post_init(self, context: Any) -> None:
@@ -161,6 +222,54 @@ class PartyFile(_Entry):
     def key_path(self) -> Path | None:
         """Where the private key file is; None where the party file names none."""
         return None if self.key_file is None else self.folder / Path(self.key_file).expanduser()
+
+    def transport_options(self) -> dict[str, dict[str, str]]:
+        """What transports need to be told, by scheme; paths of files that are there and may be used.
+
+        Raises ``PartyFileError`` with the line of a file that is missing, cannot be read, or is a key that others may
+        read.
+        """
+        if self.wss is None:
+            return {}
+        options: dict[str, str] = {}
+        for name in ("certificate", "key", "ca"):
+            named = getattr(self.wss, name)
+            if named is not None:
+                options[name] = str(self._checked(self.folder / Path(named).expanduser(), "wss", name))
+        if self.wss.proxy is not None:
+            options["proxy"] = self.wss.proxy
+        return {"wss": options}
+
+    def _checked(self, file: Path, *keys: str) -> Path:
+        """``file``, if it can be read, and if a `key` by nobody but its owner."""
+        what = f"`{'.'.join(keys)}`"
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as reason:
+            missing = isinstance(reason, FileNotFoundError)
+            raise self.error(
+                f"{what}: {file} is not there" if missing else f"{what}: {file} cannot be read: {reason.strerror}",
+                *keys,
+                expected="a file in PEM that this user may read",
+                fix="correct the path, which is relative to the party file"
+                if missing
+                else "run as the user that may, or give this user a copy",
+            ) from None
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise self.error(f"{what}: {file} is not a file", *keys, expected="a file in PEM", fix="correct the path")
+        mode = stat.S_IMODE(status.st_mode)
+        if keys[-1] == "key" and mode & 0o077:
+            raise self.error(
+                f"{what}: others may use {file} (mode {mode:04o})",
+                *keys,
+                expected="mode 0600: only its owner",
+                fix=f"run `chmod 600 {file}`; if others could have read it, have a new certificate made for a new key",
+            )
+        return file
 
     def line_of(self, *keys: str | int) -> int | None:
         """Line of an entry in the file, e.g. ``line_of("segments", "stem", "model")``; None for one made in code."""

@@ -151,6 +151,7 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
     from splitsec.graph import parse_graph
     from splitsec.party import Job, run_party
     from splitsec.partyfile import load_party
+    from splitsec.trace import SUFFIX
 
     job = assignment["job"]
     may_go_on = threading.Semaphore(0)
@@ -168,15 +169,17 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
         if event["event"] in pauses:
             may_go_on.acquire()
 
+    party_file = load_party(assignment["party_file"]).model_copy(update={"listen": None})  # it listens on loopback here
     run_party(
         parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
-        load_party(assignment["party_file"]).model_copy(update={"listen": None}),  # it listens on loopback here
+        party_file,
         private_key=base64.b64decode(assignment["key"]),
         job=Job(
             action=job["action"],
             out=None if job["out"] is None else Path(job["out"]),
             weights=None if job["weights"] is None else Path(job["weights"]),
             split=job["split"],
+            trace=None if job["trace"] is None else Path(job["trace"]) / f"{party_file.party}{SUFFIX}",
         ),
         report=tell,
     )

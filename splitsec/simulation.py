@@ -82,18 +82,23 @@ def simulate(
     epochs: int | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
+    trace: str | Path | None = None,
     watch: Watch = lambda party, event: None,
     before_turn: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Train ``folder``'s graph with one process per party on this machine.
 
     ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
-    folder. Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
+    folder; ``trace``: folder for a trace of every party's traffic (docs/tracing.md).
+    Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
     began = time.monotonic()
     _checked_place(out)
+    _checked_place(trace, "--trace")
     loaded = _checked(folder, epochs=epochs, seed=seed)
-    job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train"}
+    if trace is not None:
+        Path(trace).mkdir(mode=0o700, parents=True, exist_ok=True)
+    job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train", "trace": _absolute(trace)}
     with _Processes(loaded, job, watch, before_turn) as processes:
         processes.follow()
         result = _summed(processes, began, out)
@@ -118,7 +123,7 @@ def predict(
     began = time.monotonic()
     _checked_place(out)
     loaded = _checked(folder)
-    job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split}
+    job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split, "trace": None}
     with _Processes(loaded, job, watch) as processes:
         processes.follow()
         result = _summed(processes, began, out)
@@ -188,7 +193,7 @@ def _late(party: str, seconds: float) -> PeerUnreachable:
     )
 
 
-def _checked_place(out: str | Path | None) -> None:
+def _checked_place(out: str | Path | None, option: str = "--out") -> None:
     """Raise ``UserError`` unless ``out`` is, or can become, a folder that we may write to."""
     if out is None:
         return
@@ -198,7 +203,7 @@ def _checked_place(out: str | Path | None) -> None:
         raise UserError(
             f"nothing can be written to {out}: {nearest} is {'not writable' if nearest.is_dir() else 'no folder'}",
             expected="a folder, or a place where one can be made",
-            fix="choose another --out",
+            fix=f"choose another {option}",
         )
 
 

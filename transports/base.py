@@ -1,9 +1,9 @@
 """The contract of a transport, on one page.  A transport carries frames; what they mean is none of its business.
 
 Here: ``Port``, what a transport must offer, and how one is found for an address.  Not here: sessions, keys, retries
-(``iothread``). ``memory`` and ``zeromq`` are the two that come with the package; a third registers a class under the
-entry point group ``splitsec.transports``, named by its scheme, and proves itself with ``testing.TransportConformance``.
-``Bell`` is for those who have no descriptor of their own.
+(``iothread``). ``memory``, ``sockets``, ``websocket`` and ``zeromq`` come with the package; one more registers a class
+under the entry point group ``splitsec.transports``, named by its scheme, and proves itself with
+``testing.TransportConformance``.  ``Bell`` is for those who have no descriptor of their own.
 
 A transport may delay frames and may lose a connection with whatever was under way on it.  It must never reorder,
 repeat, join or split frames within a connection.  (If it does, the session above notices and ends.)
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final, TypeAlias, final
+from types import MappingProxyType
+from typing import ClassVar, Final, TypeAlias, final
 
 from splitsec.transports.errors import LocalProtocolError, TransportsError
 
 __all__ = [
+    "NO_OPTIONS",
     "AddressError",
     "Arrival",
     "Bell",
@@ -37,9 +39,14 @@ __all__ = [
 GROUP: Final = "splitsec.transports"
 _BUILT_IN: Final = {
     "memory": "splitsec.transports.memory:MemoryTransport",
-    "tcp": "splitsec.transports.zeromq:ZeroMQTransport",
-    "ipc": "splitsec.transports.zeromq:ZeroMQTransport",
+    "tcp": "splitsec.transports.sockets:SocketTransport",
+    "ipc": "splitsec.transports.sockets:SocketTransport",
+    "zmq+tcp": "splitsec.transports.zeromq:ZeroMQTransport",
+    "zmq+ipc": "splitsec.transports.zeromq:ZeroMQTransport",
 }
+
+NO_OPTIONS: Final[Mapping[str, str]] = MappingProxyType({})
+"""For a transport that nobody tells anything."""
 
 
 class AddressError(TransportsError):
@@ -57,7 +64,9 @@ class Connected:
 @final
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One frame.  ``frame`` stays valid for as long as somebody holds it."""
+    """One frame.  ``frame`` is valid until the next call of ``receive`` on the port: the port may read into the same
+    memory again.
+    """
 
     connection: Hashable
     frame: memoryview
@@ -67,7 +76,7 @@ class Arrival:
 @dataclass(frozen=True, slots=True)
 class Disconnected:
     """The connection is gone; every frame that came over it was given out before.  A dialing port is of no use after
-    this.
+    this.  It is told once, and not at all for a connection that nothing was said about before.
     """
 
     connection: Hashable
@@ -79,10 +88,16 @@ Event: TypeAlias = Connected | Arrival | Disconnected
 class Port(ABC):
     """One end: a dialing port has one connection, a listening port any number.  Used by one thread; nothing in it
     blocks.
+
+    A listening port may bound what a stranger costs: until ``trust``, it takes small frames only, few bytes, for a
+    limited time, and holds a limited number of such connections, of which the oldest goes when more come.
     """
 
     endpoint: str
     """Where it really listens or dials, e.g. ``tcp://127.0.0.1:41807`` after listening at ``tcp://127.0.0.1:*``."""
+
+    look_after_send: ClassVar[bool] = True
+    """After ``send``, descriptors can be relied on only once ``receive`` has returned None.  False: at any time."""
 
     @abstractmethod
     def descriptors(self) -> Sequence[int]:
@@ -93,15 +108,41 @@ class Port(ABC):
 
     @abstractmethod
     def receive(self) -> Event | None:
-        """What happened next, or None."""
+        """What happened next, or None.  Invalidates the frame that it gave before.
+
+        None does not promise that nothing is left: then a descriptor is readable.
+        """
 
     @abstractmethod
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
-        """Take a frame; True: the memory of ``frame`` is the caller's again.  False: not now, nothing was taken.
+        """Take a frame; True: all of it was taken, and the memory of ``frame`` is the caller's again.
+
+        False: not now.  Part of it may have left, and the port remembers how much.  The caller keeps the memory as it
+        is, and offers this same frame again before any other for this connection (or ends it: ``hang_up``).
 
         A connection that is gone takes every frame, and is reported by ``receive``.  A frame longer than
         ``limits.FRAME_MAX`` never arrives; it ends the connection.
         """
+
+    def trust(self, connection: Hashable) -> None:  # noqa: B027  most transports of other people have no strangers
+        """Whoever is there has proved who it is: the limits for strangers are none of its any more.
+
+        Holds from the next call of ``receive``, for what is under way, too.
+        """
+
+    @abstractmethod
+    def hang_up(self, connection: Hashable) -> None:
+        """End this connection at once; frames that were taken before still leave.  ``receive`` says nothing more of it.
+
+        A connection that is not there is no error.
+        """
+
+    def deadline(self) -> float | None:
+        """When ``tick`` is due, ``time.monotonic()`` seconds; any call of another method may change it."""
+        return None
+
+    def tick(self, now: float) -> None:  # noqa: B027  most have nothing to do
+        """Time passed: dial again, hang up on silent strangers.  What follows from it is told by ``receive``."""
 
     @abstractmethod
     def close(self, linger: float) -> None:
@@ -115,8 +156,10 @@ class Transport(ABC):
     """A way to carry frames.  Made once for every I/O thread, for one scheme, and closed with it."""
 
     @abstractmethod
-    def __init__(self, scheme: str) -> None:
-        """``scheme``: what stands before ``://`` in the addresses it will be given."""
+    def __init__(self, scheme: str, options: Mapping[str, str] = NO_OPTIONS) -> None:
+        """``scheme``: what stands before ``://`` in the addresses it will be given.  ``options``: this party's own for
+        the scheme, by name; paths of TLS files, say.
+        """
 
     @abstractmethod
     def listen(self, address: str) -> Port:

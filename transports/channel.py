@@ -1,9 +1,15 @@
-"""Messages over a session: cut in chunks, lanes taking turns, put together again in memory that was checked before it
-was made.
+"""Messages between two peers, each exactly once and in order, over one session after another: cut in chunks, lanes
+taking turns, put together again in memory that was checked before it was made.
 
-Here: what may arrive on which lane, how much of it, where it goes, and which chunk leaves next.  Not here: keys, timers
-and heartbeats (``session``), sockets and threads (``iothread``), and what a message means (whoever receives it).  A
-channel lives as long as its session.
+Here: what may arrive on which lane, how much of it, where it goes, which chunk leaves next, and which are kept until
+the peer says that it has them.  Not here: keys, timers and heartbeats (``session``), sockets and threads
+(``iothread``), and what a message means (whoever receives it).
+
+A channel outlives its sessions.  Chunks are counted, per direction, from the channel's first to its last; within a
+session none can be lost, repeated or swapped, because the record layer counts too.  Every frame says how many chunks
+its sender has received.  When a session breaks, ``detach`` takes back what was not acknowledged; when the next one
+opens, READY says how many chunks arrived after all, and the others leave again, before anything new.  Each end has a
+random name, its run: a peer that was started anew has another, and cannot be taken for its earlier self.
 
 A message is a header (at most 1 MiB) and a body.  Its bytes travel as one stream, header first, so that a small one is
 a single frame; they land in one block of memory, the body aligned, header right before it.  A chunk that lies in one
@@ -20,21 +26,28 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
-from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
+from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved, Restarted
 from splitsec.transports.limits import (
+    ACK_BYTES,
+    ACK_CHUNKS,
+    ACK_SECONDS,
+    CHUNK_COST,
     CHUNK_MAX,
     FORWARD_PREFIX,
     GATHER_MAX,
     HEADER_MAX,
     LANES_MAX,
+    MESSAGE_COST,
     SMALL_BLOCK,
     SPARE_BLOCKS,
+    UNACKED_CHUNKS,
     WINDOW,
 )
 from splitsec.transports.session import Ended, Frame, Lend, Opened, Session
-from splitsec.transports.wire import ChunkHeader, CloseCode, Kind, unpack_forward_prefix
+from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready, unpack_forward_prefix
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # only a hint; Python 3.12 has it in collections.abc
@@ -43,6 +56,9 @@ __all__ = ["Channel", "Event", "Forwarded", "Message", "Outgoing", "Relay"]
 
 _ALIGNMENT: Final = 64  # bytes; as torch's own memory: vector kernels may round differently on other addresses
 _WRAP: Final = 1 << 32  # message numbers are 32 bits
+_NEVER: Final = float("inf")
+
+_Sent: TypeAlias = tuple[ChunkHeader, Frame]  # a chunk as it left; to be sealed again if it got lost
 
 
 @final
@@ -71,7 +87,7 @@ Event: TypeAlias = Opened | Ended | Message | Forwarded
 
 @final
 class Outgoing:
-    """A message on its way out.  Its buffers are lent: they must not change until it has left."""
+    """A message on its way out.  Its buffers are lent: they must not change until the peer has it."""
 
     __slots__ = ("_offset", "_pieces", "body_size", "header_size", "lane", "left")
 
@@ -102,7 +118,15 @@ class Outgoing:
         here = len(self._pieces[0]) - self._offset
         if here == self.left or here >= GATHER_MAX:
             return min(here, CHUNK_MAX)
-        return min(self.left, GATHER_MAX)
+        if self.left <= GATHER_MAX:
+            return self.left
+        for piece in islice(self._pieces, 1, None):
+            if len(piece) >= GATHER_MAX:  # large enough to be sealed where it lies
+                return here
+            here += len(piece)
+            if here >= GATHER_MAX:
+                return GATHER_MAX
+        return here
 
     def cut(self) -> Frame:
         """The next chunk: a view of a lent buffer, or a copy where several small pieces fit one chunk."""
@@ -205,42 +229,130 @@ class Channel:
 
     def __init__(
         self,
-        session: Session,
         lanes: Mapping[int, int],
         *,
+        run: bytes,
         forwards: bool = False,
-        grant: int = 0,
         window: int = WINDOW,
+        now: float = 0.0,
     ) -> None:
         """``lanes``: lane number to the largest body accepted, bytes; a lane that is not there is refused.
 
-        ``forwards``: FORWARD frames are expected.  ``grant``: bytes that the peer takes at first, where the session is
-        open already.  ``window``: as given to the session.
+        ``run``: RUN_SIZE random bytes.  ``forwards``: FORWARD frames are expected.  ``window``: bytes of CHUNK payload
+        that the peer may send beyond what was taken.  ``now``: seconds.
         """
-        self.session = session
+        self.session: Session | None = None
+        """What carries it now."""
+        self.run = run
+        self.peer_run = NO_RUN
         self._lanes = lanes
         self._forwards = forwards
         self._window = window
-        self._granted_to_us = grant
-        self._sent = 0  # bytes of CHUNK payload, as are the next four
+        self._now = now
+        self.leaving: CloseCode | None = None
+        """The goodbye that follows what is queued."""
+
+        self._granted_to_us = 0  # bytes of CHUNK payload, and CHUNK_COST for each chunk, as are the next four
+        self._sent = 0
         self._received = 0
         self._granted_by_us = window
+        self._granted_in_ready = window
         self._held = 0  # in whole messages that nobody took yet
         self.queued = 0
         """Bytes of messages that wait to be sent."""
+        self.released = 0
+        """Bytes of messages that the peer has acknowledged since somebody last set this to 0."""
+
         self._outgoing: dict[int, _Lane] = {}
         self._turns: deque[_Lane | Relay] = deque()
+        self._unacked: deque[_Sent] = deque()  # sent in this session
+        self._again: deque[_Sent] = deque()  # sent in an earlier one, and due again
+        self._acked = 0  # chunks that the peer has received
+        self._arrived = 0  # chunks that we have received
+        self._owed = 0  # bytes of those that no frame of ours has acknowledged yet
+        self.ack_at = _NEVER
+        """When ``tick`` is due to acknowledge, seconds."""
+
         self._incoming: dict[int, _Incoming] = {}
         self._numbers: dict[int, int] = {}  # of the next message on each lane
         self._blocks: dict[int, _Blocks] = {}
         self._forwarded = bytearray()
         self._events: list[Event] = []
 
+    # --- sessions come and go -----------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """A session carries it, and chunks may be sent."""
+        return self.session is not None and self.session.is_open
+
+    @property
+    def untouched(self) -> bool:
+        """No chunk has passed in either direction, so that it does not matter with which run of the peer it is."""
+        return not (self._arrived or self._acked or self._unacked or self._again)
+
+    @property
+    def unacknowledged(self) -> int:
+        """Chunks that were sent, and may not have arrived."""
+        return len(self._unacked) + len(self._again)
+
+    @property
+    def progress(self) -> int:
+        """Chunks that have arrived, here or there.  Where it stands still over many sessions, something is wrong."""
+        return self._arrived + self._acked
+
+    def ready(self) -> Ready:
+        """Where we stand.  Nothing must arrive between this and the end of the session that it is said in."""
+        self._granted_in_ready = self._granted_by_us
+        known = NO_RUN if self.untouched else self.peer_run
+        return Ready(self.run, known, self._arrived, self._granted_by_us)
+
+    def fits(self, theirs: Ready) -> bool:
+        """Whether the peer's READY belongs to this channel, and not to one with another run of either side."""
+        known = theirs.known in (NO_RUN, self.run) and self.peer_run in (NO_RUN, theirs.run)
+        return known or (self.untouched and theirs.known in (NO_RUN, self.run))
+
+    def carry(self, session: Session) -> None:
+        """Go on over ``session``, which may still be in its handshake."""
+        self.detach()
+        self.session = session
+
+    def detach(self) -> None:
+        """The session is over, or must not be used any more.  What the peer may not have is kept."""
+        self.session = None
+        self._unacked.extend(self._again)
+        self._again, self._unacked = self._unacked, self._again
+        self._unacked.clear()
+        self._owed = 0
+        self.ack_at = _NEVER
+
+    def opened(self, theirs: Ready) -> None:
+        """The session is open, and the peer says where it stands.  Restarted where it is another channel's end;
+        PeerMisbehaved where it has received what was never sent.
+        """
+        if not self.fits(theirs):
+            raise Restarted("the other side was started anew, and has lost what was exchanged with its earlier start")
+        if not 0 <= theirs.received - self._acked <= len(self._again):
+            raise PeerMisbehaved(
+                f"it says that it has {theirs.received} chunks; between {self._acked} and "
+                f"{self._acked + len(self._again)} can be"
+            )
+        self.peer_run = theirs.run
+        self.granted(theirs.granted)
+        if self._granted_by_us != self._granted_in_ready and self.session is not None:
+            self.session.grant(self._granted_by_us)  # something was taken since we said READY
+        for _ in range(theirs.received - self._acked):
+            self._release(self._again.popleft())
+
     # --- machine ------------------------------------------------------------------------------------------------------
 
     def receive(self, frame: memoryview, now: float) -> list[Event]:
         """Take one frame from the peer.  PeerMisbehaved, with the session failed, for whatever it may not send."""
-        ended = self._opened(self.session.receive(frame, now, self))
+        session = self.session
+        if session is None:
+            raise LocalProtocolError("no session carries this channel")
+        self._now = now
+        ended = self._opened(session.receive(frame, now, self))
         if not self._events:
             return ended
         events, self._events = self._events, []
@@ -248,17 +360,35 @@ class Channel:
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due at ``now``, seconds."""
-        return self._opened(self.session.tick(now))
+        session = self.session
+        if session is None:
+            return []
+        self._now = now
+        if now >= self.ack_at:
+            self.ack_at = _NEVER
+            if session.told != session.received:
+                session.grant(self._granted_by_us)
+        return self._opened(session.tick(now))
 
     def deadline(self) -> float | None:
         """When ``tick`` is due, seconds; None: never."""
-        return self.session.deadline()
+        due = None if self.session is None else self.session.deadline()
+        return due if due is None else min(due, self.ack_at)
 
     def next_frame(self, lend: Lend) -> Frame | None:
-        """The frame to send next, or None.  The session's own go first, then lanes and relays take turns."""
-        frame = self.session.next_frame(lend)
-        if frame is not None or not self._turns or not self.session.is_open:
+        """The frame to send next, or None.  The session's own go first, then what has to be sent again, then lanes and
+        relays take turns.
+        """
+        session = self.session
+        if session is None:
+            return None
+        frame = session.next_frame(lend)
+        if frame is not None or not session.is_open:
             return frame
+        if self._again:
+            sent = self._again.popleft()
+            self._unacked.append(sent)
+            return session.seal(*sent, lend)
         for _ in range(len(self._turns)):
             source = self._turns.popleft()
             if isinstance(source, Relay):
@@ -267,15 +397,17 @@ class Channel:
                     source.waiting = False
                     continue
                 self._turns.append(source)
-                return self.session.seal(ChunkHeader(Kind.FORWARD, payload_size=len(payload)), payload, lend)
+                return session.seal(ChunkHeader(Kind.FORWARD, payload_size=len(payload)), payload, lend)
             message = source.messages[0]
             size = message.next_size()
-            if self._sent + size > self._granted_to_us:
+            if self._sent + size + CHUNK_COST > self._granted_to_us or len(self._unacked) >= UNACKED_CHUNKS:
                 self._turns.append(source)
                 continue
             header = ChunkHeader(Kind.CHUNK, message.lane, message.header_size, message.body_size, size, source.number)
-            frame = self.session.seal(header, message.cut(), lend)
-            self._sent += size
+            payload = message.cut()
+            self._unacked.append((header, payload))
+            frame = session.seal(header, payload, lend)
+            self._sent += size + CHUNK_COST
             self.queued -= size
             if not message.left:
                 source.messages.popleft()
@@ -283,6 +415,9 @@ class Channel:
             if source.messages:
                 self._turns.append(source)
             return frame
+        if self.leaving is not None and not self.queued and not self._turns:
+            session.close(self.leaving)
+            return session.next_frame(lend)
         return None
 
     def frames_to_send(self, lend: Lend) -> Iterator[Frame]:
@@ -309,13 +444,20 @@ class Channel:
             self._turns.append(relay)
 
     def taken(self, size: int) -> None:
-        """Somebody took messages of ``size`` bytes in all, headers included: the peer may send more."""
+        """Somebody took messages of ``size`` bytes in all, headers and MESSAGE_COST for each included: the peer may
+        send more.
+        """
         self._held -= size
         self._grant()
 
+    def leave(self, code: CloseCode) -> None:
+        """Say goodbye once everything that is queued has been sent, in this session or a later one."""
+        self.leaving = code
+
     def close(self, code: CloseCode) -> None:
-        """Say goodbye.  What is still queued is not sent."""
-        self.session.close(code)
+        """Say goodbye now.  What is still queued is not sent."""
+        if self.session is not None:
+            self.session.close(code)
 
     # --- the session asks (``session.Inbox``) -------------------------------------------------------------------------
 
@@ -351,7 +493,7 @@ class Channel:
             raise PeerMisbehaved(
                 f"a chunk of {size} bytes where at most {min(left, CHUNK_MAX)} are due, and at least one"
             )
-        if self._received + size > self._granted_by_us:
+        if self._received + size + CHUNK_COST > self._granted_by_us:
             raise PeerMisbehaved("more bytes than the window allows")
         if incoming is None:
             incoming = self._incoming[lane] = self._begin(header)
@@ -366,28 +508,57 @@ class Channel:
         lane, size = header.lane, header.payload_size
         incoming = self._incoming[lane]
         incoming.filled += size
-        self._received += size
+        self._received += size + CHUNK_COST
+        self._arrived += 1
         if incoming.filled == incoming.end:
             del self._incoming[lane]
             self._numbers[lane] = (header.number + 1) % _WRAP
             middle = incoming.start + incoming.header_size
-            self._held += incoming.end - incoming.start
+            self._held += incoming.end - incoming.start + MESSAGE_COST
             self._events.append(
                 Message(lane, bytes(incoming.view[incoming.start : middle]), incoming.view[middle : incoming.end])
             )
         self._grant()
+        self._acknowledge(size)
 
     def granted(self, total: int) -> None:
         """The peer takes ``total`` bytes in all."""
         self._granted_to_us = max(self._granted_to_us, total)
+
+    def acknowledged(self, total: int) -> None:
+        """The peer has ``total`` chunks in all."""
+        if not 0 <= total - self._acked <= len(self._unacked):
+            raise PeerMisbehaved(
+                f"it says that it has {total} chunks; between {self._acked} and "
+                f"{self._acked + len(self._unacked)} can be"
+            )
+        for _ in range(total - self._acked):
+            self._release(self._unacked.popleft())
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _opened(self, events: list[Opened | Ended]) -> list[Event]:
         for event in events:
             if isinstance(event, Opened):
-                self.granted(event.grant)
+                self.opened(event.ready)
         return [*events]
+
+    def _release(self, sent: _Sent) -> None:
+        self._acked += 1
+        self.released += sent[0].payload_size
+
+    def _acknowledge(self, size: int) -> None:
+        """One more chunk arrived: say so now, or when a frame leaves anyway, or a little later."""
+        session = self.session
+        assert session is not None
+        if session.told == session.received:
+            self._owed = 0
+        session.received = self._arrived
+        self._owed += size
+        if self._owed >= ACK_BYTES or session.received - session.told >= ACK_CHUNKS:
+            session.grant(self._granted_by_us)
+        elif self.ack_at == _NEVER:
+            self.ack_at = self._now + ACK_SECONDS
 
     def _begin(self, header: ChunkHeader) -> _Incoming:
         blocks = self._blocks.get(header.lane)
@@ -402,4 +573,5 @@ class Channel:
         total = self._received + max(0, self._window - self._held)
         if total - self._granted_by_us >= self._window // 4:
             self._granted_by_us = total
-            self.session.grant(total)
+            if self.session is not None:
+                self.session.grant(total)

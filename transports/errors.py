@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["LocalProtocolError", "Lost", "PeerMisbehaved", "RefusalReason", "Refused", "TransportsError"]
+__all__ = [
+    "Damaged",
+    "LocalProtocolError",
+    "Lost",
+    "PeerMisbehaved",
+    "RefusalReason",
+    "Refused",
+    "Restarted",
+    "TransportsError",
+]
 
 
 class RefusalReason(enum.IntEnum):
@@ -37,6 +46,13 @@ class LocalProtocolError(TransportsError):
 
 class PeerMisbehaved(TransportsError):
     """The other side, or somebody on the way, sent what the protocol forbids.  Nothing that it sent was used."""
+
+
+class Damaged(PeerMisbehaved):
+    """What came is not what the peer sent: altered, repeated, left out or swapped on the way, or not the peer's at all.
+
+    It proves nothing about the peer.  The session is over; a channel goes on with the next.
+    """
 
 
 class Refused(TransportsError):
@@ -83,6 +99,10 @@ class Refused(TransportsError):
 
 class Lost(TransportsError):
     """The connection went away, or the other side fell silent for longer than it may."""
+
+
+class Restarted(TransportsError):
+    """One side was started anew and has lost what the two had exchanged; the channel cannot go on."""
 
 
 def _short(digest: bytes | None) -> str:

@@ -10,12 +10,20 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "ACCEPT_PAUSE_SECONDS",
+    "ACK_BYTES",
+    "ACK_CHUNKS",
+    "ACK_SECONDS",
     "ANSWER_SECONDS",
     "BURST_FRAMES",
     "BUSY_RETRY_SECONDS",
+    "CHUNK_COST",
     "CHUNK_HEADER_SIZE",
     "CHUNK_MAX",
     "CLOSE_SECONDS",
+    "CONNECT_RETRY_MAX_SECONDS",
+    "CONNECT_RETRY_SECONDS",
+    "CONNECT_SECONDS",
     "COUNTER_LIMIT",
     "FORWARD_PREFIX",
     "FRAME_MAX",
@@ -24,20 +32,35 @@ __all__ = [
     "HANDSHAKES_PER_SECOND",
     "HEADER_MAX",
     "HELLO_RETRY_SECONDS",
+    "INLINE_MAX",
     "KEY_SIZE",
     "LANES_MAX",
     "LINK_WINDOW",
     "LOGS_BURST",
     "LOGS_PER_SECOND",
+    "MESSAGE_COST",
     "OUTBOX_BYTES",
     "OVERHEAD",
     "PAYLOAD_MAX",
     "QUEUED_FRAMES",
+    "READ_BYTES",
+    "REDIAL_MAX_SECONDS",
+    "REDIAL_SECONDS",
+    "REKEY_BYTES",
+    "REKEY_SECONDS",
     "RELAY_BYTES",
+    "REST_SECONDS",
+    "RUN_SIZE",
     "SMALL_BLOCK",
     "SPARE_BLOCKS",
+    "STRANGERS_CONNECTED_MAX",
     "STRANGERS_MAX",
+    "STRANGER_BYTES",
+    "STRANGER_FRAME_MAX",
+    "STRANGER_READ_BYTES",
+    "STRANGER_SECONDS",
     "TAG_SIZE",
+    "UNACKED_CHUNKS",
     "WINDOW",
 ]
 
@@ -52,17 +75,23 @@ TAG_SIZE: Final = 16
 CHUNK_MAX: Final = 1 << 20
 """Bytes of a message in one chunk.  1 MiB fits a second-level cache, and is what a small message waits for at most."""
 
+CHUNK_COST: Final = 512
+"""Bytes that each chunk counts against the window beside its payload: tiny messages, too, cost whoever holds them."""
+
 HEADER_MAX: Final = 1 << 20
 """Bytes of a message's header."""
 
 LANES_MAX: Final = 1 << 16
 """Lanes of one channel: the number is 16 bits on the wire."""
 
-CHUNK_HEADER_SIZE: Final = 24
+CHUNK_HEADER_SIZE: Final = 32
 """Bytes of the header of a chunk, before sealing."""
 
 OVERHEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE + TAG_SIZE
 """Bytes that a frame is longer than its payload: type, sealed chunk header, the payload's tag."""
+
+RUN_SIZE: Final = 16
+"""Bytes of the random name of one end of a channel: nobody meets the same one twice."""
 
 FORWARD_PREFIX: Final = KEY_SIZE + 8
 """Bytes in front of a forwarded frame: the far peer's key and the number of the connection."""
@@ -76,7 +105,7 @@ FRAME_MAX: Final = PAYLOAD_MAX + OVERHEAD
 COUNTER_LIMIT: Final = 1 << 32
 """Records under one key.  2^32 records of 2^16 blocks are 2^48 blocks, which keeps AES-GCM's distinguishing advantage
 below 2^-32 (Bellare and Tackmann 2016, theorem for counter nonces); the nonce itself would allow 2^64 - 1 (Noise,
-section 5.1)."""
+section 5.1).  A session changes its key long before."""
 
 # --- chosen by this implementation; a peer with other values still understands us -------------------------------------
 
@@ -84,8 +113,30 @@ GATHER_MAX: Final = (256 << 10) + 4096
 """Bytes up to which pieces of a message are copied together into one chunk.  A copy of 256 KiB costs about what one
 more frame costs (15 us), and a tensor of 256 KiB with its header then travels in one frame."""
 
+REKEY_BYTES: Final = 1 << 30
+"""Bytes sealed under one key before the next: who steals a key from memory reads at most these, and nothing older."""
+
+REKEY_SECONDS: Final = 120.0
+"""Seconds under one key, if anything was sealed with it; as WireGuard's REKEY_AFTER_TIME."""
+
+UNACKED_CHUNKS: Final = 1024
+"""Chunks sent and not acknowledged, at most: bounds what is kept to be sent again where messages are tiny.  The window
+bounds it where they are not."""
+
+ACK_BYTES: Final = 8 << 20
+"""Bytes of chunks taken before they are acknowledged with a frame of their own; every other frame acknowledges too."""
+
+ACK_CHUNKS: Final = 256
+"""Chunks taken before they are acknowledged with a frame of their own."""
+
+ACK_SECONDS: Final = 0.05
+"""Seconds that an acknowledgement waits for a frame to ride on."""
+
 LINK_WINDOW: Final = 64 << 20
 """As WINDOW, where nobody stands between: room for the next micro-batches while one is computed."""
+
+MESSAGE_COST: Final = 1024
+"""Bytes that each message that nobody took yet counts beside its own: what Python needs to hold one."""
 
 WINDOW: Final = 16 << 20
 """Bytes that a peer may send beyond what was taken from us.  16 MiB keeps 1 Gbit/s busy over a round trip of 130 ms,
@@ -96,15 +147,23 @@ RELAY_BYTES: Final = WINDOW + (8 << 20)
 get.
 """
 
-OUTBOX_BYTES: Final = 256 << 20
-"""Bytes of messages that wait for one peer before ``send`` blocks.  They are lent, not copied: the bound is on what
-callers keep alive, and leaves room for every micro-batch of a step."""
+OUTBOX_BYTES: Final = 128 << 20
+"""Bytes of messages that wait for one peer, or for its acknowledgement, before ``send`` blocks.  They are lent, not
+copied: the bound is on what callers keep alive."""
 
 SPARE_BLOCKS: Final = 4
 """Blocks of memory remembered per lane for the next messages; fresh memory costs a page fault every 4 KiB."""
 
 SMALL_BLOCK: Final = 16 << 10
 """Bytes below which fresh memory costs less than looking for a block to use again."""
+
+INLINE_MAX: Final = GATHER_MAX
+"""Bytes of a message that a computing thread seals and sends itself, where nothing else waits: 20 us of cipher and 30 us
+of copying at most, against some 50 us to wake the I/O thread."""
+
+REST_SECONDS: Final = 0.002
+"""Seconds that the I/O thread leaves its work to a computing thread that has just been given a message.  Where that one
+computes for longer, what comes in waits this long at most, once."""
 
 QUEUED_FRAMES: Final = 16
 """Frames that a transport may queue per connection and direction.  Fewer stall the pipe (4: a third slower at 4 MiB),
@@ -118,7 +177,13 @@ HELLO_RETRY_SECONDS: Final = 0.25
 there, and a busy listener ignores it."""
 
 BUSY_RETRY_SECONDS: Final = 0.5
-"""Seconds before a dialer tries again after the answer "busy" or a dropped connection."""
+"""Seconds before a dialer tries again after the answer "busy", and that a goodbye has to leave."""
+
+REDIAL_SECONDS: Final = 0.05
+"""Seconds before a broken connection is dialled again; the pause doubles with every try that fails."""
+
+REDIAL_MAX_SECONDS: Final = 2.0
+"""Seconds between two tries, at most."""
 
 ANSWER_SECONDS: Final = 10.0
 """Seconds between a hello and the end of its handshake, at most; then the listener forgets it and the dialer starts
@@ -144,3 +209,37 @@ LOGS_BURST: Final = 10.0
 
 CLOSE_SECONDS: Final = 5.0
 """Seconds that ``close`` waits for outboxes to drain when the caller names no other time."""
+
+# --- chosen for transports on sockets ---------------------------------------------------------------------------------
+
+READ_BYTES: Final = 64 << 10
+"""Bytes read at once from a connection.  Of a longer frame the rest is read in one go; never is more than this moved
+inside a buffer.  More would leave a second-level cache, less would cost calls."""
+
+STRANGER_FRAME_MAX: Final = 2304
+"""Bytes of the longest frame from somebody who has not proved who it is: a hello with its payload, and some air."""
+
+STRANGER_READ_BYTES: Final = 4096
+"""Bytes read at once from a stranger, and all that is stored of what it sends."""
+
+STRANGER_BYTES: Final = 16 << 10
+"""Bytes taken from a stranger in all; a handshake needs less than 3 KiB."""
+
+STRANGER_SECONDS: Final = 10.0
+"""Seconds until a stranger has proved who it is, or is hung up on; as ANSWER_SECONDS."""
+
+STRANGERS_CONNECTED_MAX: Final = 256
+"""Connections of strangers at a listener; the oldest goes when one more comes.  Each holds a descriptor and
+STRANGER_READ_BYTES."""
+
+ACCEPT_PAUSE_SECONDS: Final = 0.5
+"""Seconds without a new connection after the operating system had no descriptor left for one."""
+
+CONNECT_SECONDS: Final = 5.0
+"""Seconds that one attempt to connect may take; as long again for the transport's own handshake."""
+
+CONNECT_RETRY_SECONDS: Final = 0.1
+"""Seconds between the first two attempts; the pause doubles with each."""
+
+CONNECT_RETRY_MAX_SECONDS: Final = 1.0
+"""Seconds between two attempts at most: a peer that comes up late waits no longer."""

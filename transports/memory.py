@@ -8,10 +8,20 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Final, final
 
-from splitsec.transports.base import AddressError, Arrival, Bell, Connected, Disconnected, Event, Port, Transport
+from splitsec.transports.base import (
+    NO_OPTIONS,
+    AddressError,
+    Arrival,
+    Bell,
+    Connected,
+    Disconnected,
+    Event,
+    Port,
+    Transport,
+)
 from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES
 
 __all__ = ["MemoryTransport"]
@@ -26,8 +36,8 @@ _numbers: Final = itertools.count(1)
 class MemoryTransport(Transport):
     """Names are shared by the whole process."""
 
-    def __init__(self, scheme: str) -> None:
-        """``scheme``: memory."""
+    def __init__(self, scheme: str, options: Mapping[str, str] = NO_OPTIONS) -> None:
+        """``scheme``: memory.  ``options``: none."""
 
     def listen(self, address: str) -> Port:
         """Listen under a name that nobody listens under; ``memory://*`` takes a new one."""
@@ -94,6 +104,12 @@ class _MemoryPort(Port):
             peer.events.append(Arrival(connection, memoryview(bytes(frame))))
             peer.bell.ring()
             return True
+
+    def hang_up(self, connection: Hashable) -> None:
+        with _lock:
+            if connection in self.peers:
+                self._disconnect(connection)
+            self.events = deque(event for event in self.events if event.connection != connection)
 
     def close(self, linger: float) -> None:
         with _lock:

@@ -1,16 +1,17 @@
-"""One connection from hello to goodbye: the handshake, then sealed frames, heartbeats and a close code.
+"""One connection from hello to goodbye: the handshake, then sealed frames, new keys, heartbeats and a close code.
 
 Here: the state of one connection, its timers, and its control frames.  Not here: how the hello is checked
-(``handshake``), how records are sealed (``record``), what chunks add up to and which lanes there are (``channel``),
-sockets, clocks, threads, randomness (``iothread``).  A session does not know what carries its frames: a socket, or
-another peer who forwards them.
+(``handshake``), how records are sealed (``record``), what chunks add up to, what was acknowledged and which lanes there
+are (``channel``), sockets, clocks, threads, randomness (``iothread``).  A session does not know what carries its
+frames: a socket, or another peer who forwards them.
 
-    LISTENING --hello--> ANSWERED --READY--> OPEN --their CLOSE, and ours in reply----> CLOSED
-    DIALLING --accept----------------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED
+    LISTENING --hello--> ANSWERED --READY, and ours in reply--> OPEN --their CLOSE, and ours in reply----> CLOSED
+    DIALLING --accept--> CONFIRMING -------READY--------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED
     anything wrong: FAILED
 
-The dialer's first sealed frame is READY.  Until it opens, the listener knows only that somebody once made this hello
-(it may be a replay), reports nothing and accepts no chunk.
+The first sealed frame of each side is READY, the dialer's first.  Until it opens, the listener knows only that somebody
+once made this hello (it may be a replay), reports nothing and accepts no chunk.  What READY says (which channel this
+session carries on, and from where) is the channel's: whoever drives the session is asked for ours when it is due.
 """
 
 from __future__ import annotations
@@ -22,32 +23,54 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias, final
 
-from splitsec.transports.errors import LocalProtocolError, Lost, PeerMisbehaved, RefusalReason, Refused, TransportsError
+from splitsec.transports.errors import (
+    Damaged,
+    LocalProtocolError,
+    Lost,
+    PeerMisbehaved,
+    RefusalReason,
+    Refused,
+    Restarted,
+    TransportsError,
+)
 from splitsec.transports.handshake import MAX_FRAME, Established, Initiator, Responder
 from splitsec.transports.limits import (
     ANSWER_SECONDS,
     CHUNK_HEADER_SIZE,
+    COUNTER_LIMIT,
     HELLO_RETRY_SECONDS,
     OVERHEAD,
+    REKEY_BYTES,
+    REKEY_SECONDS,
     TAG_SIZE,
     WINDOW,
 )
 from splitsec.transports.record import Opener, Sealer
 from splitsec.transports.wire import (
+    NO_RUN,
+    READY_SIZE,
     ChunkHeader,
     CloseCode,
     FrameType,
     Kind,
+    Ready,
     pack_chunk_header,
+    pack_ready,
     payload_size_of,
     unpack_chunk_header,
+    unpack_ready,
 )
 
-__all__ = ["TRANSITIONS", "Act", "Ended", "Event", "Frame", "Inbox", "Lend", "Opened", "Session", "State"]
+__all__ = ["TRANSITIONS", "Act", "Ended", "Event", "Frame", "Greet", "Inbox", "Lend", "Opened", "Session", "State"]
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 Lend: TypeAlias = Callable[[int], memoryview]
 """``lend(n)``: a writable view of n bytes to seal one frame into; ours until the frame is handed over."""
+
+Greet: TypeAlias = Callable[[bytes, Ready | None], Ready | CloseCode]
+"""``greet(peer, theirs)``: our READY to the peer of that key, now that it is due; ``theirs`` if the peer's came first.
+A CloseCode in its place ends the session.
+"""
 
 _SEALED: Final = bytes([FrameType.SEALED])
 _HEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE  # bytes before the sealed payload
@@ -59,6 +82,7 @@ class State(enum.Enum):
     DIALLING = "waiting for the answer to its hello"
     LISTENING = "waiting for a hello"
     ANSWERED = "waiting for the peer to confirm its keys"
+    CONFIRMING = "waiting for the peer to confirm its keys in turn"
     OPEN = "open"
     CLOSING = "waiting for the peer's goodbye"
     CLOSED = "closed"
@@ -80,13 +104,17 @@ class Act(enum.Enum):
 
 TRANSITIONS: Final[Mapping[tuple[State, Act], State]] = MappingProxyType(
     {
-        (State.DIALLING, Act.ACCEPTED): State.OPEN,
+        (State.DIALLING, Act.ACCEPTED): State.CONFIRMING,
+        (State.CONFIRMING, Act.READY): State.OPEN,
         (State.LISTENING, Act.HELLO): State.ANSWERED,
         (State.ANSWERED, Act.READY): State.OPEN,
         (State.OPEN, Act.FAREWELL): State.CLOSING,
         (State.OPEN, Act.GOODBYE): State.CLOSED,
         (State.CLOSING, Act.GOODBYE): State.CLOSED,
+        (State.ANSWERED, Act.GOODBYE): State.CLOSED,
+        (State.CONFIRMING, Act.GOODBYE): State.CLOSED,
         (State.DIALLING, Act.FAREWELL): State.CLOSED,
+        (State.CONFIRMING, Act.FAREWELL): State.CLOSED,
         (State.LISTENING, Act.FAREWELL): State.CLOSED,
         (State.ANSWERED, Act.FAREWELL): State.CLOSED,
         (State.DIALLING, Act.REFUSED): State.FAILED,
@@ -94,11 +122,13 @@ TRANSITIONS: Final[Mapping[tuple[State, Act], State]] = MappingProxyType(
         (State.DIALLING, Act.SILENCE): State.FAILED,
         (State.LISTENING, Act.SILENCE): State.FAILED,
         (State.ANSWERED, Act.SILENCE): State.FAILED,
+        (State.CONFIRMING, Act.SILENCE): State.FAILED,
         (State.OPEN, Act.SILENCE): State.FAILED,
         (State.CLOSING, Act.SILENCE): State.FAILED,
         (State.DIALLING, Act.MISTAKE): State.FAILED,
         (State.LISTENING, Act.MISTAKE): State.FAILED,
         (State.ANSWERED, Act.MISTAKE): State.FAILED,
+        (State.CONFIRMING, Act.MISTAKE): State.FAILED,
         (State.OPEN, Act.MISTAKE): State.FAILED,
         (State.CLOSING, Act.MISTAKE): State.FAILED,
     }
@@ -108,12 +138,12 @@ TRANSITIONS: Final[Mapping[tuple[State, Act], State]] = MappingProxyType(
 @final
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Both sides hold the keys, and we know it.  ``peer``: its public key.  ``grant``: bytes of payload it takes at
-    first.
+    """Both sides hold the keys, and we know it.  ``peer``: its public key.  ``ready``: where it says the channel
+    stands.
     """
 
     peer: bytes
-    grant: int
+    ready: Ready
 
 
 @final
@@ -142,7 +172,10 @@ class Inbox(Protocol):
         """The payload lies, authenticated, in the memory claimed for it.  PeerMisbehaved where it may not be this."""
 
     def granted(self, total: int) -> None:
-        """The peer takes ``total`` bytes of CHUNK payload, counted since the session began."""
+        """The peer takes ``total`` bytes of CHUNK payload, counted since the channel began."""
+
+    def acknowledged(self, total: int) -> None:
+        """The peer has received ``total`` chunks, counted since the channel began."""
 
 
 @final
@@ -156,13 +189,15 @@ class Session:
         now: float,
         lost_after: float,
         answer_within: float = ANSWER_SECONDS,
-        window: int = WINDOW,
+        greet: Greet = lambda peer, theirs: Ready(NO_RUN, NO_RUN, 0, WINDOW),
         admit: Callable[[bytes], bool] = lambda peer: True,
+        rekey_bytes: int = REKEY_BYTES,
+        rekey_seconds: float = REKEY_SECONDS,
     ) -> None:
         """``handshake``: a fresh machine; an Initiator makes this the dialer's side.
 
-        ``now``, ``lost_after``, ``answer_within``: seconds.  ``window``: bytes of CHUNK payload that we take at first.
-        ``admit(peer)``: whether a listener has room for a session with this peer now; if not, it is refused as BUSY.
+        ``now``, ``lost_after``, ``answer_within``, ``rekey_seconds``: seconds.  ``admit(peer)``: whether a listener has
+        room for a session with this peer now; if not, it is refused as BUSY.
         """
         self._handshake = handshake
         self._admit = admit
@@ -172,7 +207,13 @@ class Session:
         self._heard = now  # when something authentic came last
         self._ping_at = now + lost_after / 4
         self._again_at = now + HELLO_RETRY_SECONDS if isinstance(handshake, Initiator) else None
-        self._window = window
+        self._goodbye = False
+        self._greet = greet
+        self._greeting: tuple[ChunkHeader, bytes] | None = None  # our READY, to be sent
+        self._rekey_bytes = rekey_bytes
+        self._rekey_seconds = rekey_seconds
+        self._rekey = False  # a new key is due
+        self._rekey_at = now + rekey_seconds
         self._clear: deque[bytes] = deque()  # handshake frames to send
         self._control: dict[
             Kind, ChunkHeader
@@ -186,6 +227,10 @@ class Session:
         """The other side's public key, once its hello or its answer proved it."""
         self.handshake_hash: bytes | None = None
         """32 bytes that name this session, the same on both sides."""
+        self.received = 0
+        """Chunks that the channel has received in all: every frame that we seal says so."""
+        self.told = 0
+        """What the last of them said."""
         if isinstance(handshake, Initiator):
             self._state = State.DIALLING
             handshake.start()
@@ -207,6 +252,11 @@ class Session:
         """Nothing that comes in matters any more."""
         return self._state in (State.CLOSED, State.FAILED)
 
+    @property
+    def said_goodbye(self) -> bool:
+        """The peer said goodbye, and so knows that it is over."""
+        return self._goodbye
+
     # --- the peer acts ------------------------------------------------------------------------------------------------
 
     def receive(self, frame: memoryview, now: float, inbox: Inbox | None = None) -> list[Event]:
@@ -223,20 +273,23 @@ class Session:
             if len(frame) and frame[0] == FrameType.SEALED:
                 return self._receive_sealed(frame, now, inbox)
             return self._receive_clear(frame, now)
+        except Damaged:
+            self._end(Act.MISTAKE, CloseCode.DAMAGED)
+            raise
         except PeerMisbehaved:
             self._end(Act.MISTAKE, CloseCode.MISBEHAVED)
             raise
 
     def _receive_clear(self, frame: memoryview, now: float) -> list[Event]:
         if len(frame) > MAX_FRAME:
-            raise PeerMisbehaved(f"a handshake frame of {len(frame)} bytes")
+            raise Damaged(f"a handshake frame of {len(frame)} bytes")
         if self._state is State.LISTENING:
             return self._receive_hello(frame, now)
         if self._state is State.DIALLING:
             return self._receive_answer(frame, now)
         if bytes(frame) == self._heard_clear:
             return []  # a path that repeats hellos may do it once too often
-        raise PeerMisbehaved(f"a handshake frame to a session that is {self._state.value}")
+        raise Damaged(f"a handshake frame to a session that is {self._state.value}")
 
     def _receive_hello(self, frame: memoryview, now: float) -> list[Event]:
         assert isinstance(self._handshake, Responder)
@@ -267,8 +320,7 @@ class Session:
         self._heard_clear = bytes(frame)
         self._take_keys(established, now)
         self._move(Act.ACCEPTED)
-        self._say(ChunkHeader(Kind.READY, value=self._window))
-        return [Opened(established.remote_static, 0)]
+        return self._answer_ready(established.remote_static, None)
 
     def _take_keys(self, established: Established, now: float) -> None:
         self.peer = established.remote_static
@@ -284,16 +336,20 @@ class Session:
     def _receive_sealed(self, frame: memoryview, now: float, inbox: Inbox | None) -> list[Event]:
         opener = self._opener
         if opener is None:
-            raise PeerMisbehaved(f"a sealed frame to a session that is {self._state.value}")
+            raise Damaged(f"a sealed frame to a session that is {self._state.value}")
         size = payload_size_of(len(frame))
         opener.open_into(frame[1:_HEAD], self._head, _SEALED)
         header = unpack_chunk_header(self._head)
         kind = header.kind
-        if header.payload_size != size:
-            raise PeerMisbehaved(f"a {kind.name} frame with {size} bytes of payload that claims {header.payload_size}")
+        if header.payload_size != size:  # the header is the peer's; how much came with it, anybody may have changed
+            raise Damaged(f"a {kind.name} frame with {size} bytes of payload that claims {header.payload_size}")
         self._hear(now)
-        if self._state is State.ANSWERED:
-            return self._receive_ready(header)
+        if kind is Kind.READY:
+            return self._receive_ready(header, frame)
+        if self._state in (State.ANSWERED, State.CONFIRMING) and kind is not Kind.CLOSE:
+            raise PeerMisbehaved(f"a {kind.name} frame before READY")
+        if inbox is not None:
+            inbox.acknowledged(header.received)
         if kind is not Kind.CHUNK and kind is not Kind.FORWARD:
             return self._receive_control(header, inbox)
         if inbox is None:
@@ -304,13 +360,29 @@ class Session:
         inbox.filled(header)
         return []
 
-    def _receive_ready(self, header: ChunkHeader) -> list[Event]:
-        if header.kind is not Kind.READY:
-            raise PeerMisbehaved(f"a {header.kind.name} frame before READY")
+    def _receive_ready(self, header: ChunkHeader, frame: memoryview) -> list[Event]:
+        if self._state is not State.ANSWERED and self._state is not State.CONFIRMING:
+            raise PeerMisbehaved(f"a READY frame to a session that is {self._state.value}")
+        assert self._opener is not None and self.peer is not None
+        payload = memoryview(bytearray(READY_SIZE))
+        if header.payload_size == READY_SIZE:
+            self._opener.open_into(frame[_HEAD:], payload)
+        ready = unpack_ready(header, payload)
+        answers = self._state is State.ANSWERED
         self._move(Act.READY)
-        self.grant(self._window)
-        assert self.peer is not None
-        return [Opened(self.peer, header.value)]
+        if answers and (ended := self._answer_ready(self.peer, ready)):
+            return ended
+        return [Opened(self.peer, ready)]
+
+    def _answer_ready(self, peer: bytes, theirs: Ready | None) -> list[Event]:
+        """Say READY, or why not."""
+        ours = self._greet(peer, theirs)
+        if isinstance(ours, Ready):
+            self._greeting = pack_ready(ours)
+            self.received = self.told = ours.received
+            return []
+        self._end(Act.FAREWELL, ours)
+        return [Ended(_reason(ours, "this side has"), ours)]
 
     def _receive_control(self, header: ChunkHeader, inbox: Inbox | None) -> list[Event]:
         match header.kind:
@@ -326,9 +398,12 @@ class Session:
                 except ValueError:
                     raise PeerMisbehaved(f"a goodbye with unknown code {header.number}") from None
                 self._say(ChunkHeader(Kind.CLOSE, number=CloseCode.NORMAL))
+                self._goodbye = True
                 self._move(Act.GOODBYE)
-                error = None if code is CloseCode.NORMAL else Lost(f"the peer closed the channel ({code.name.lower()})")
-                return [Ended(error, code)]
+                return [Ended(_reason(code, "the peer has"), code)]
+            case Kind.REKEY:
+                assert self._opener is not None
+                self._opener.rekey()
             case kind:
                 raise PeerMisbehaved(f"a {kind.name} frame in an open session")
         return []
@@ -344,7 +419,7 @@ class Session:
         return self._seal(header, payload, lend)
 
     def grant(self, total: int) -> None:
-        """Tell the peer that we take ``total`` bytes of CHUNK payload, counted since the session began."""
+        """Tell the peer that we take ``total`` bytes of CHUNK payload, counted since the channel began."""
         self._say(ChunkHeader(Kind.GRANT, value=total))
 
     def close(self, code: CloseCode) -> None:
@@ -356,9 +431,23 @@ class Session:
         """The next frame that the session itself has to send, or None.  Channels ask before every chunk."""
         if self._clear:
             return self._clear.popleft()
-        if self._control and self._sealer is not None:
+        sealer = self._sealer
+        if sealer is None:
+            return None
+        if self._greeting is not None:
+            (header, payload), self._greeting = self._greeting, None
+            return self._seal(header, payload, lend)
+        if self._state is State.OPEN and self._key_is_old(sealer):
+            frame = self._seal(ChunkHeader(Kind.REKEY), b"", lend)
+            sealer.rekey()
+            self._rekey = False
+            return frame
+        if self._control:
             return self._seal(self._control.pop(next(iter(self._control))), b"", lend)
         return None
+
+    def _key_is_old(self, sealer: Sealer) -> bool:
+        return self._rekey or sealer.sealed >= self._rekey_bytes or sealer.records >= COUNTER_LIMIT // 2
 
     def frames_to_send(self, lend: Lend) -> Iterator[Frame]:
         """All that ``next_frame`` gives."""
@@ -370,7 +459,8 @@ class Session:
         size = header.payload_size
         frame = lend(OVERHEAD + size if size else _HEAD)
         frame[0] = FrameType.SEALED
-        self._sealer.seal_into(pack_chunk_header(header), frame[1:_HEAD], _SEALED)
+        self.told = self.received
+        self._sealer.seal_into(pack_chunk_header(header._replace(received=self.received)), frame[1:_HEAD], _SEALED)
         if size:
             self._sealer.seal_into(payload, frame[_HEAD:])
         return frame
@@ -389,6 +479,11 @@ class Session:
                 if now >= self._ping_at:
                     self._ping_at = now + self._lost_after / 4
                     self._say(ChunkHeader(Kind.PING))
+                if now >= self._rekey_at:
+                    self._rekey_at = now + self._rekey_seconds
+                    assert self._sealer is not None
+                    if self._sealer.sealed:
+                        self._rekey = True
             case state:
                 if now >= self._answer_by:
                     self._end(Act.SILENCE, CloseCode.LOST)
@@ -405,7 +500,7 @@ class Session:
             case State.CLOSED | State.FAILED:
                 return None
             case State.OPEN | State.CLOSING:
-                return min(self._ping_at, self._heard + self._lost_after)
+                return min(self._ping_at, self._heard + self._lost_after, self._rekey_at)
             case _:
                 return self._answer_by if self._again_at is None else min(self._answer_by, self._again_at)
 
@@ -416,7 +511,7 @@ class Session:
 
     def _say(self, header: ChunkHeader) -> None:
         """Queue a frame without payload; after our goodbye, and before the peer can open it, none."""
-        if self._state is State.OPEN:
+        if self._state is State.OPEN or (header.kind is Kind.CLOSE and self._state is State.CONFIRMING):
             self._control[header.kind] = header
 
     def _end(self, act: Act, code: CloseCode) -> None:
@@ -424,3 +519,18 @@ class Session:
         self._clear.clear()
         self._say(ChunkHeader(Kind.CLOSE, number=code))
         self._move(act)
+
+
+def _reason(code: CloseCode, who: str) -> TransportsError | None:
+    """What a goodbye with ``code`` means.  ``who``: "the peer has" or "this side has"."""
+    match code:
+        case CloseCode.NORMAL:
+            return None
+        case CloseCode.RESTARTED:
+            return Restarted(
+                f"{who} a channel with another run of the other side, and what was exchanged in it is lost"
+            )
+        case CloseCode.CROSSED:
+            return Lost("both sides dialled at once")
+        case _:
+            return Lost(f"{who} closed the channel ({code.name.lower()})")

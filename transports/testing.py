@@ -5,6 +5,8 @@ frames between two machines and can lose, repeat, swap, cut short or alter them.
 not import; the suite's methods are plain functions that assert.
 
     class TestPigeon(TransportConformance):
+        hangs_up = False  # what it does not promise
+
         def address(self) -> str:
             return "pigeon://loft"
 """
@@ -28,11 +30,13 @@ from splitsec.transports.base import (
     Transport,
     find_transport,
 )
-from splitsec.transports.handshake import Initiator, Responder
+from splitsec.transports.channel import Channel
+from splitsec.transports.handshake import MAX_FRAME, Initiator, Responder
 from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Peer, Received
-from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES, WINDOW
+from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES
 from splitsec.transports.noise import public_key_of
-from splitsec.transports.session import Frame, Lend, Session
+from splitsec.transports.session import Frame, Greet, Lend, Session
+from splitsec.transports.wire import NO_RUN, Ready
 
 __all__ = ["FakeClock", "TransportConformance", "Wire", "lend", "session_pair"]
 
@@ -112,20 +116,34 @@ class Wire:
 
 
 def session_pair(
-    now: float, *, lost_after: float = 20.0, digest: bytes = bytes(32), seed: int = 1, window: int = WINDOW
+    now: float,
+    *,
+    lost_after: float = 20.0,
+    digest: bytes = bytes(32),
+    seed: int = 1,
+    channels: tuple[Channel, Channel] | None = None,
 ) -> tuple[Session, Session]:
     """A dialer's and a listener's session that know each other's keys; frames are still to be carried.
 
-    Keys and ephemeral keys follow from ``seed``, so that every run is the same.
+    Keys and ephemeral keys follow from ``seed``, so that every run is the same (for that, without ML-KEM).  ``channels``: what the two sessions
+    carry from here on, fresh ones or such as earlier sessions have carried.
     """
     secrets = [bytes([seed, end]) * 16 for end in (1, 2)]
     entropy = [_counted(bytes([seed, end])) for end in (3, 4)]
-    initiator = Initiator(secrets[0], public_key_of(secrets[1]), digest, entropy[0])
-    responder = Responder(secrets[1], digest, {public_key_of(secrets[0])}, entropy[1])
-    return (
-        Session(initiator, now=now, lost_after=lost_after, window=window),
-        Session(responder, now=now, lost_after=lost_after, window=window),
+    initiator = Initiator(secrets[0], public_key_of(secrets[1]), digest, entropy[0], post_quantum=False)
+    responder = Responder(secrets[1], digest, {public_key_of(secrets[0])}, entropy[1], post_quantum=False)
+    first, second = map(_greeting, channels or (None, None))
+    sessions = (
+        Session(initiator, now=now, lost_after=lost_after, greet=first),
+        Session(responder, now=now, lost_after=lost_after, greet=second),
     )
+    for channel, session in zip(channels or (), sessions, strict=False):
+        channel.carry(session)
+    return sessions
+
+
+def _greeting(channel: Channel | None) -> Greet:
+    return lambda peer, theirs: Ready(NO_RUN, NO_RUN, 0, 0) if channel is None else channel.ready()
 
 
 def _counted(prefix: bytes) -> Callable[[int], bytes]:
@@ -142,6 +160,12 @@ def _counted(prefix: bytes) -> Callable[[int], bytes]:
 
 class TransportConformance(ABC):
     """The suite.  Subclass it, say where to listen, and let pytest collect the subclass."""
+
+    bounds_strangers: bool = True
+    """A listening port bounds what a connection costs until ``trust``."""
+
+    hangs_up: bool = True
+    """``hang_up`` ends a connection of a listening port.  (A dialing port can be closed instead.)"""
 
     @abstractmethod
     def address(self) -> str:
@@ -184,21 +208,29 @@ class TransportConformance(ABC):
             ends.expect_quiet()
 
     def test_the_memory_of_a_frame_that_was_taken_may_be_used_again(self) -> None:
-        """And the memory of one that arrived stays as it is, for as long as it is held."""
+        """And the memory of one that arrived stays as it is until the next is asked for."""
         with _Ends(self.address()) as ends:
-            memory = bytearray(200_000)
-            held = []
-            for number in range(8):
+            memory = bytearray(4096)
+            for number in range(8):  # few enough for every queue
                 memory[:] = _pattern(number, len(memory))
-                ends.send(ends.dialing, memory)
+                _send(ends.dialing, ends.connection, memory)
                 memory[:] = bytes(len(memory))
-                held.append(ends.next_frame(ends.listening))
-            for number, frame in enumerate(held):
-                assert frame == _pattern(number, len(memory))
+            for number in range(8):
+                event = _next_event(ends.listening)
+                _send(ends.dialing, ends.connection, _pattern(100 + number, len(memory)))
+                _send(ends.listening, ends.listened, _pattern(200 + number, len(memory)))
+                assert isinstance(event, Arrival)
+                assert event.frame == _pattern(number, len(memory))
+            for number in range(8):
+                assert ends.next_frame(ends.listening) == _pattern(100 + number, len(memory))
+                assert ends.next_frame(ends.dialing) == _pattern(200 + number, len(memory))
 
     def test_a_full_queue_refuses_and_loses_nothing(self) -> None:
-        """Nobody reads: ``send`` says False in time.  Somebody reads: everything that was taken is there."""
-        frame = bytearray(1 << 20)
+        """Nobody reads: ``send`` says False in time.  Somebody reads: everything that was taken is there.
+
+        A frame that was refused is offered again until it is taken, as the contract says.
+        """
+        frame = bytearray(_pattern(0, 1 << 20))
         with _Ends(self.address()) as ends:
             taken = 0
             refused_since = None
@@ -212,11 +244,37 @@ class TransportConformance(ABC):
                 ends.dialing.receive()
                 assert taken < 40 * QUEUED_FRAMES, "it takes whatever it gets"
             for number in range(taken):
-                assert bytes(ends.next_frame(ends.listening)[:8]) == number.to_bytes(8, "big")
-            readable, _, _ = select.select(ends.dialing.descriptors(), [], [], _PATIENCE)
-            assert readable, "nobody was told that there is room again"
-            ends.send(ends.dialing, b"and on it goes")
-            assert bytes(ends.next_frame(ends.listening)) == b"and on it goes"
+                event = _next_event(ends.listening)  # and the dialing port is not asked meanwhile
+                assert isinstance(event, Arrival)
+                assert event.frame[:8] == number.to_bytes(8, "big")
+                assert event.frame[8:] == frame[8:]
+            until = time.monotonic() + _PATIENCE
+            while not select.select(ends.dialing.descriptors(), [], [], 0)[0]:
+                assert ends.listening.receive() is None  # part of what was refused may be there already
+                both = [*ends.dialing.descriptors(), *ends.listening.descriptors()]
+                select.select(both, [], [], max(0.0, until - time.monotonic()))
+                assert time.monotonic() < until, "nobody was told that there is room again"
+            for sent in (frame, b"and on it goes"):
+                ends.send(ends.dialing, sent)
+                assert ends.next_frame(ends.listening) == sent
+            ends.expect_quiet()
+
+    def test_a_refused_frame_takes_no_other_connection_with_it(self) -> None:
+        """One peer does not read: what is sent to another one gets there, and the first gets everything later."""
+        frame = _pattern(1, 1 << 20)
+        with _Ends(self.address()) as ends:
+            other, connection, listened = ends.meet()
+            taken = 0
+            while ends.listening.send(ends.listened, frame):
+                taken += 1
+                assert taken < 40 * QUEUED_FRAMES, "it takes whatever it gets"
+            for number in range(10):
+                _send(ends.listening, listened, b"%d" % number)
+                event = _next_event(other)
+                assert event == Arrival(connection, memoryview(b"%d" % number))
+            ends.send(ends.listening, frame)
+            for _ in range(taken + 1):
+                assert ends.next_frame(ends.dialing) == frame
 
     def test_a_frame_that_is_too_long_never_arrives(self) -> None:
         """It ends the connection, before memory is made for it."""
@@ -229,66 +287,149 @@ class TransportConformance(ABC):
     def test_connections_are_told_apart(self) -> None:
         """Three dial one; each gets its own answer."""
         with _Ends(self.address()) as ends:
-            others = [ends.dial() for _ in range(2)]
-            for number, (port, connection) in enumerate([(ends.dialing, ends.connection), *others]):
-                _send(port, connection, b"from %d" % number)
-            connections: dict[bytes, Hashable] = {b"from 0": ends.listened}
-            while len(connections) < 3 or b"from 0" in connections:
+            dialed = [(ends.dialing, ends.connection), *(ends.dial() for _ in range(2))]
+            for number, (port, connection) in enumerate(dialed):
+                ends.send(port, b"from %d" % number, connection)
+            connections: dict[bytes, Hashable] = {}
+            while len(connections) < 3:
                 event = ends.next_event(ends.listening)
                 assert isinstance(event, Arrival)
-                if bytes(event.frame) == b"from 0":
-                    assert event.connection == connections.pop(b"from 0")
-                    connections[b"zero"] = event.connection
-                else:
-                    connections[bytes(event.frame)] = event.connection
+                connections[bytes(event.frame)] = event.connection
+            assert connections[b"from 0"] == ends.listened
             assert len(set(connections.values())) == 3
-            for number, (port, _) in enumerate(others, 1):
-                _send(ends.listening, connections[b"from %d" % number], b"to %d" % number)
-                event = _next_event(port)
-                assert isinstance(event, Arrival)
-                assert event.frame == b"to %d" % number
+            for number in range(3):
+                ends.send(ends.listening, b"to %d" % number, connections[b"from %d" % number])
+            for number, (port, _) in enumerate(dialed):
+                assert ends.next_frame(port) == b"to %d" % number
+
+    def test_hanging_up_ends_one_connection_and_says_nothing_more_of_it(self) -> None:
+        """The far end is told, after what was sent before; the others go on."""
+        if not self.hangs_up:
+            return
+        with _Ends(self.address()) as ends:
+            other, connection, _ = ends.meet()
+            _send(ends.dialing, ends.connection, b"not read any more")
+            _send(ends.listening, ends.listened, b"goodbye")
+            ends.listening.hang_up(ends.listened)
+            ends.listening.hang_up(ends.listened)
+            ends.listening.trust(ends.listened)
+            assert ends.next_frame(ends.dialing) == b"goodbye"
+            assert ends.next_event(ends.dialing) == Disconnected(ends.connection)
+            assert ends.listening.send(ends.listened, b"too late")
+            ends.expect_quiet()
+            for number in range(10):
+                ends.send(other, b"%d" % number, connection)
+                assert ends.next_frame(ends.listening) == b"%d" % number
+
+    def test_who_dialed_may_hang_up(self) -> None:
+        """And the listener is told."""
+        if not self.hangs_up:
+            return
+        with _Ends(self.address()) as ends:
+            _send(ends.dialing, ends.connection, b"goodbye")
+            ends.dialing.hang_up(ends.connection)
+            assert ends.next_frame(ends.listening) == b"goodbye"
+            assert ends.next_event(ends.listening) == Disconnected(ends.listened)
+            ends.expect_quiet()
+
+    # --- strangers ----------------------------------------------------------------------------------------------------
+
+    def test_a_stranger_may_say_hello_and_no_more(self) -> None:
+        """The longest hello passes; a long frame ends the connection, and so do many short ones."""
+        if not self.bounds_strangers:
+            return
+        with _Ends(self.address()) as ends:
+            port, connection = ends.dial()
+            ends.send(port, _pattern(1, MAX_FRAME), connection)
+            event = ends.next_event(ends.listening)
+            assert isinstance(event, Arrival)
+            assert event.frame == _pattern(1, MAX_FRAME)
+            port.send(connection, bytes(1 << 20))
+            assert ends.next_event(ends.listening) == Disconnected(event.connection)
+            assert isinstance(ends.next_event(port), Disconnected)
+
+            port, connection = ends.dial()
+            for number in range(1000):
+                ends.send(port, b"hello %4d" % number * 100, connection)
+            frames = 0
+            while isinstance(ends.next_event(ends.listening), Arrival):
+                frames += 1
+            assert 0 < frames < 100
+            assert isinstance(ends.next_event(port), Disconnected)
+
+            ends.send(ends.dialing, bytes(1 << 20))  # from somebody who is trusted
+            assert ends.next_frame(ends.listening) == bytes(1 << 20)
+
+    def test_a_stranger_has_limited_time(self) -> None:
+        """Whoever is trusted has any."""
+        if not self.bounds_strangers:
+            return
+        with _Ends(self.address()) as ends:
+            assert ends.listening.deadline() is None
+            port, _, listened = ends.meet()
+            due = ends.listening.deadline()
+            assert due is not None
+            assert time.monotonic() < due < time.monotonic() + 3600
+            ends.listening.tick(due - 0.001)
+            ends.expect_quiet()
+            ends.listening.tick(due)
+            assert ends.next_event(ends.listening) == Disconnected(listened)
+            assert isinstance(ends.next_event(port), Disconnected)
+            assert ends.listening.deadline() is None
+            ends.listening.tick(due + 1e6)
+            ends.expect_quiet()
+
+    def test_trust_comes_in_time_for_what_is_under_way(self) -> None:
+        """A long frame right behind the one that proves who is there."""
+        with _Ends(self.address()) as ends:
+            port, connection = ends.dial()
+            _send(port, connection, b"hello")
+            taken = port.send(connection, bytes(1 << 20))
+            event = _next_event(ends.listening)
+            assert isinstance(event, Arrival)
+            ends.listening.trust(event.connection)
+            if not taken:
+                ends.send(port, bytes(1 << 20), connection)
+            assert ends.next_frame(ends.listening) == bytes(1 << 20)
+
+    # --- beginning and end --------------------------------------------------------------------------------------------
 
     def test_one_may_dial_before_the_other_listens(self) -> None:
         """The first frame is sent once somebody is there, and is the first to arrive."""
         with _Ends(self.address()) as ends:
             endpoint = ends.endpoint  # free again once all is closed
-        scheme, kind = find_transport(endpoint)
-        transport = kind(scheme)
-        dialing = transport.dial(endpoint)
-        assert dialing.receive() is None
-        listening = transport.listen(endpoint)
-        event = _next_event(dialing)
-        assert isinstance(event, Connected)
-        _send(dialing, event.connection, b"good morning")
-        event = _next_event(listening)
-        assert isinstance(event, Arrival)
-        assert bytes(event.frame) == b"good morning"
-        for port in (dialing, listening):
-            port.close(0)
-        transport.close(0)
+        ends = _Ends(endpoint, late=True)
+        with ends:
+            assert ends.dialing.receive() is None
+            ends.listen()
+            ends.greet()
+            ends.send(ends.dialing, b"good morning")
+            assert ends.next_frame(ends.listening) == b"good morning"
 
     def test_the_end_of_a_connection_is_told_after_its_last_frame(self) -> None:
         """Whoever dialed leaves."""
         with _Ends(self.address()) as ends:
             for number in range(10):
-                ends.send(ends.dialing, b"%d" % number)
-            ends.dialing.close(_PATIENCE)
+                _send(ends.dialing, ends.connection, b"%d" % number)
+            ends.close(ends.dialing)
             for number in range(10):
                 assert ends.next_frame(ends.listening) == b"%d" % number
             assert ends.next_event(ends.listening) == Disconnected(ends.listened)
             assert ends.listening.send(ends.listened, b"too late")
-            ends.expect_quiet(ends.listening)
+            ends.expect_quiet()
 
     def test_the_end_of_a_listener_is_told_after_its_last_frame(self) -> None:
-        """Whoever listened leaves."""
+        """Whoever listened leaves, with something unread."""
         with _Ends(self.address()) as ends:
+            _send(ends.dialing, ends.connection, b"unread")
             for number in range(10):
-                ends.send(ends.listening, b"%d" % number)
-            ends.listening.close(_PATIENCE)
+                _send(ends.listening, ends.listened, b"%d" % number)
+            ends.close(ends.listening)
             for number in range(10):
                 assert ends.next_frame(ends.dialing) == b"%d" % number
             assert ends.next_event(ends.dialing) == Disconnected(ends.connection)
             assert ends.dialing.send(ends.connection, b"too late")
+            ends.expect_quiet()
 
     def test_an_address_is_free_again_after_close(self) -> None:
         """And taken before."""
@@ -299,11 +440,11 @@ class TransportConformance(ABC):
                 assert ends.endpoint in str(error)
             else:
                 raise AssertionError("two listen at one address")
-            ends.listening.close(0)
+            ends.close(ends.listening)
             until = time.monotonic() + _PATIENCE
             while True:  # an operating system may need a moment
                 try:
-                    ends.listening = ends.transports[0].listen(ends.endpoint)
+                    ends.listen()
                     return
                 except AddressError:
                     assert time.monotonic() < until
@@ -337,64 +478,126 @@ class TransportConformance(ABC):
 
 @final
 class _Ends:
-    """A listening and a dialing port that have met: the listener knows the connection by its first frame."""
+    """A listening and a dialing port that have met: the listener knows the connection by its first frame.
 
-    def __init__(self, address: str) -> None:
+    Whatever it waits for, it asks all its ports meanwhile, as an I/O thread does, and keeps what they say.
+    """
+
+    def __init__(self, address: str, *, late: bool = False) -> None:
+        """``late``: only dial; ``listen`` and ``greet`` come later."""
         scheme, kind = find_transport(address)
         self.transports: tuple[Transport, Transport] = (kind(scheme), kind(scheme))
-        self.listening = self.transports[0].listen(address)
-        self.endpoint = self.listening.endpoint
-        self.others: list[Port] = []
-        self.dialing, self.connection = self.dial()
-        self.others.clear()
-        _send(self.dialing, self.connection, b"first")
-        event = _next_event(self.listening)
-        assert isinstance(event, Arrival), event
-        assert bytes(event.frame) == b"first"
-        self.listened = event.connection
+        self.endpoint = address
+        self.said: dict[Port, deque[Event]] = {}
+        if not late:
+            self.listen()
+        self.dialing = self._add(self.transports[1].dial(self.endpoint))
+        if not late:
+            self.greet()
 
     def __enter__(self) -> _Ends:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for port in (self.dialing, self.listening, *self.others):
+        for port in list(self.said):
+            port.close(0)
             port.close(0)
         for transport in self.transports:
             transport.close(0)
 
+    def listen(self) -> None:
+        self.listening = self._add(self.transports[0].listen(self.endpoint))
+        self.endpoint = self.listening.endpoint
+
+    def greet(self) -> None:
+        """The first frame; the listener then trusts whoever dialed."""
+        self.connection = self._connected(self.dialing)
+        self.listened = self._first_frame(self.dialing, self.connection)
+        self.listening.trust(self.listened)
+
     def dial(self) -> tuple[Port, Hashable]:
-        """One more port that dials, connected."""
-        port = self.transports[1].dial(self.endpoint)
-        self.others.append(port)
-        event = _next_event(port)
-        assert isinstance(event, Connected), event
-        return port, event.connection
+        """One more port that dials, and its connection."""
+        port = self._add(self.transports[1].dial(self.endpoint))
+        return port, self._connected(port)
+
+    def meet(self) -> tuple[Port, Hashable, Hashable]:
+        """One more port that dials, its connection, and what the listener calls that."""
+        port, connection = self.dial()
+        return port, connection, self._first_frame(port, connection)
 
     def connection_of(self, port: Port) -> Hashable:
         return self.connection if port is self.dialing else self.listened
 
-    def send(self, port: Port, frame: bytes | bytearray) -> None:
-        _send(port, self.connection_of(port), frame)
+    def send(self, port: Port, frame: bytes | bytearray, connection: Hashable = None) -> None:
+        until = time.monotonic() + _PATIENCE
+        while not port.send(self.connection_of(port) if connection is None else connection, frame):
+            self._ask_all(until)
 
     def next_event(self, port: Port) -> Event:
-        return _next_event(port)
+        until = time.monotonic() + _PATIENCE
+        while not self.said[port]:
+            self._ask_all(until)
+        return self.said[port].popleft()
 
-    def next_frame(self, port: Port) -> memoryview:
-        event = _next_event(port)
+    def next_frame(self, port: Port) -> bytes:
+        event = self.next_event(port)
         assert isinstance(event, Arrival), event
-        return event.frame
+        return bytes(event.frame)
 
-    def expect_quiet(self, *ports: Port) -> None:
+    def expect_quiet(self) -> None:
         """Nothing more happens."""
         until = time.monotonic() + _QUIET
-        for port in ports or (self.dialing, self.listening):
-            while (left := until - time.monotonic()) > 0:
+        while (left := until - time.monotonic()) > 0:
+            for port, said in self.said.items():
+                assert not said
                 assert port.receive() is None
-                select.select(port.descriptors(), [], [], left)
+            select.select([each for port in self.said for each in port.descriptors()], [], [], left)
+
+    def close(self, port: Port) -> None:
+        """This port alone."""
+        del self.said[port]
+        port.close(_PATIENCE)
+
+    def _add(self, port: Port) -> Port:
+        self.said[port] = deque()
+        return port
+
+    def _connected(self, port: Port) -> Hashable:
+        event = self.next_event(port)
+        assert isinstance(event, Connected), event
+        return event.connection
+
+    def _first_frame(self, port: Port, connection: Hashable) -> Hashable:
+        self.send(port, b"first", connection)
+        event = self.next_event(self.listening)
+        assert isinstance(event, Arrival), event
+        assert bytes(event.frame) == b"first"
+        return event.connection
+
+    def _ask_all(self, until: float) -> None:
+        """Once; where nobody says anything, wait for their descriptors and deadlines, and for nothing else."""
+        quiet = True
+        due = until
+        for port, said in self.said.items():
+            while (event := port.receive()) is not None:
+                said.append(_kept(event))
+                quiet = False
+            due = min(due, until if (deadline := port.deadline()) is None else deadline)
+        if quiet:
+            descriptors = [each for port in self.said for each in port.descriptors()]
+            select.select(descriptors, [], [], max(0.0, due - time.monotonic()))
+            for port in self.said:
+                port.tick(time.monotonic())
+        assert time.monotonic() < until, "nothing happened"
+
+
+def _kept(event: Event) -> Event:
+    """An event that outlives the next call of ``receive``."""
+    return Arrival(event.connection, memoryview(bytes(event.frame))) if isinstance(event, Arrival) else event
 
 
 def _next_event(port: Port) -> Event:
-    """Wait on the port's descriptors alone: a port that does not make them readable fails here."""
+    """Ask this port alone."""
     until = time.monotonic() + _PATIENCE
     while (event := port.receive()) is None:
         readable, _, _ = select.select(port.descriptors(), [], [], until - time.monotonic())
@@ -403,13 +606,8 @@ def _next_event(port: Port) -> Event:
 
 
 def _send(port: Port, connection: Hashable, frame: bytes | bytearray) -> None:
-    """Send, and wait on the descriptors where the port says "not now"."""
-    until = time.monotonic() + _PATIENCE
-    while not port.send(connection, frame):
-        event = port.receive()
-        assert event is None, event
-        readable, _, _ = select.select(port.descriptors(), [], [], until - time.monotonic())
-        assert readable, "it takes nothing any more"
+    """Send what must fit, without asking anybody."""
+    assert port.send(connection, frame), "so little must fit"
 
 
 def _pattern(number: int, size: int) -> bytes:

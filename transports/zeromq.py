@@ -1,8 +1,13 @@
-"""Frames over ZeroMQ: ``tcp://host:port`` and ``ipc:///path``.
+"""Frames over libzmq: ``zmq+tcp://host:port`` and ``zmq+ipc:///path``.
 
 Here: one ROUTER for a listening port, one DEALER for a dialing port, and what must be set so that ZeroMQ loses and
 repeats nothing behind our back.  Not here: encryption (ZeroMQ's own is not used), retries after a connection broke,
 heartbeats (``session``).
+
+The wire is that of ``tcp://`` and ``ipc://`` (``sockets``), and either can talk to the other.  libzmq cannot bound what
+a stranger costs who reaches a listening port: it gathers a message of endlessly many parts before we see any, and a
+claimed routing id can abort the process.  It cannot hang up on one connection of a ROUTER either.  So this one is for
+networks without strangers, and to check ``sockets`` against.
 
 Frames are copied into ZeroMQ's memory.  Handing ours over (zero copy) was measured and gains nothing up to 64 MiB, at
 the price of one more thread.
@@ -20,13 +25,22 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import zmq
 
-from splitsec.transports.base import AddressError, Arrival, Connected, Disconnected, Event, Port, Transport
+from splitsec.transports.base import (
+    NO_OPTIONS,
+    AddressError,
+    Arrival,
+    Connected,
+    Disconnected,
+    Event,
+    Port,
+    Transport,
+)
 from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES
 
 if TYPE_CHECKING:
@@ -39,6 +53,7 @@ _POLLIN: Final = int(zmq.POLLIN)
 _DONTWAIT: Final = int(zmq.DONTWAIT)
 _SNDMORE: Final = int(zmq.SNDMORE)
 
+_PREFIX: Final = "zmq+"  # of our schemes; libzmq's own have none
 _ONLY: Final = 0  # the one connection of a dialing port
 _MONITORED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _MONITOR_EVENT: Final = struct.Struct("=Hi")  # event, descriptor; zmq_socket_monitor(3)
@@ -62,37 +77,39 @@ def _scatter_routing_ids() -> None:
 class ZeroMQTransport(Transport):
     """One ZeroMQ context, and so one ZeroMQ thread beside ours."""
 
-    def __init__(self, scheme: str) -> None:
-        """``scheme``: tcp or ipc."""
+    def __init__(self, scheme: str, options: Mapping[str, str] = NO_OPTIONS) -> None:
+        """``scheme``: zmq+tcp or zmq+ipc.  ``options``: none."""
         self._scheme = scheme
         _scatter_routing_ids()
         self._context: zmq.Context[Socket] = zmq.Context()
 
     def listen(self, address: str) -> Port:
-        """Bind a ROUTER; ``tcp://127.0.0.1:*`` takes any free port.  A folder made for an ipc socket is closed to
+        """Bind a ROUTER; ``zmq+tcp://127.0.0.1:*`` takes any free port.  A folder made for an ipc socket is closed to
         others (0700).
         """
-        address = _local_tcp(address) if self._scheme == "tcp" else _local_ipc(address)
-        router = _socket(self._context, zmq.ROUTER, address)
+        local = _local_ipc(address) if self._scheme.endswith("ipc") else _local_tcp(address)
+        router = _socket(self._context, zmq.ROUTER, local)
         router.set(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
         try:
-            router.bind(address)
+            router.bind(local)
         except zmq.ZMQError as error:
             router.close(0)
             raise AddressError(f"cannot listen at {address}: {error.strerror}") from None
-        return _ListeningPort(router)
+        _, _, place = router.getsockopt_string(zmq.LAST_ENDPOINT).partition("://")
+        return _ListeningPort(router, f"{self._scheme}://{place}")
 
     def dial(self, address: str) -> Port:
         """Connect a DEALER; it goes on trying."""
         # Nothing is sent before Connected, so ZeroMQ has nothing to queue for a connection that is not there.  Its
         # IMMEDIATE says the same, but with it a connection's end loses frames that had come in and were not read yet.
-        dealer = _socket(self._context, zmq.DEALER, address)
+        remote = address.removeprefix(_PREFIX)
+        dealer = _socket(self._context, zmq.DEALER, remote)
         dealer.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         dealer.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
         port = _DialingPort(dealer, address)
         try:
-            dealer.connect(address)
+            dealer.connect(remote)
         except zmq.ZMQError as error:
             port.close(0)
             raise AddressError(f"cannot dial {address}: {error.strerror}") from None
@@ -113,6 +130,9 @@ class _ZeroMQPort(Port):
 
     def descriptors(self) -> Sequence[int]:
         return int(self._socket.get(zmq.FD)), int(self._monitor.get(zmq.FD))
+
+    def hang_up(self, connection: Hashable) -> None:
+        """Nothing: libzmq cannot end one connection of a socket.  The other side has to."""
 
     def close(self, linger: float) -> None:
         if self._socket.closed:
@@ -181,9 +201,9 @@ class _DialingPort(_ZeroMQPort):
 
 @final
 class _ListeningPort(_ZeroMQPort):
-    def __init__(self, router: Socket) -> None:
+    def __init__(self, router: Socket, endpoint: str) -> None:
         super().__init__(router)
-        self.endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = endpoint
         self._descriptors: dict[
             bytes, int
         ] = {}  # of a connection's socket: the monitor says whose end it saw by this alone
@@ -255,11 +275,12 @@ def _socket(context: zmq.Context[Socket], kind: int, address: str) -> Socket:
 
 def _local_tcp(address: str) -> str:
     """ZeroMQ binds to numbers only; so look the host's name up."""
-    host, separator, port = address.removeprefix("tcp://").rpartition(":")
+    scheme, _, place = address.partition("://")
+    host, separator, port = place.rpartition(":")
     if not separator or not (port == "*" or port.isdecimal()):
-        raise AddressError(f"cannot listen at {address!r}: expected tcp://host:port")
+        raise AddressError(f"cannot listen at {address!r}: expected {scheme}://host:port")
     if host in ("*", "0.0.0.0") or host.startswith("["):
-        return address
+        return f"tcp://{place}"
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
     except OSError as error:
@@ -271,9 +292,10 @@ def _local_ipc(address: str) -> str:
     """Make the folder of the socket, closed to others.  Refuse what ZeroMQ would do: replace whatever is there, be it a
     file or a living listener.
     """
-    path = Path(address.removeprefix("ipc://"))
-    if str(path).startswith("@"):
-        return address
+    _, _, place = address.partition("://")
+    path = Path(place)
+    if place.startswith("@"):
+        return f"ipc://{place}"
     if path.exists() and not path.is_socket():
         raise AddressError(f"cannot listen at {address}: there is a file, and it is no socket")
     try:
@@ -282,7 +304,7 @@ def _local_ipc(address: str) -> str:
             probe.settimeout(1.0)
             probe.connect(str(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        return address
+        return f"ipc://{place}"
     except OSError as error:
         raise AddressError(f"cannot listen at {address}: {error.strerror or error}") from None
     raise AddressError(f"cannot listen at {address}: somebody else does")

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from splitsec.cli.simulate import counted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from splitsec.bench.channel import Report
 
 __all__ = ["add_parser", "run"]
 
@@ -15,8 +24,36 @@ Measure on this machine.  Every figure stands beside its alternative, measured i
 ratios, not milliseconds: machines differ and are shared.
 
   splitsec bench step          a training step over two encrypted processes, against the same step in one process
-  splitsec bench step --json
+  splitsec bench channel       round trips of the encrypted channel, beside plain pyzmq, CURVE, gRPC and ssl
+
+  splitsec bench step --network mlp --rounds 15 --threads 1
+  splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
+  splitsec bench channel --json
+
+`splitsec bench step --help` and `splitsec bench channel --help` say what the options mean.
 """
+
+STEP = """\
+A training step over two encrypted processes, against the same step in one process of plain PyTorch.
+"""
+
+CHANNEL = """\
+Round trips between two processes: splitsec's channel beside plain pyzmq without encryption, ZeroMQ's own CURVE, gRPC
+with TLS, and Python's ssl.  All are connected for the whole run and take turns in an order that changes; what is told
+is the median.  Then what a stream of tensors costs in memory, and what opening a channel costs with and without its
+post-quantum part.  Takes one to two minutes; the machine should be idle.
+
+  splitsec bench channel
+  splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp
+  splitsec bench channel --json > channel.json
+
+gRPC takes part where grpcio is installed: pip install 'splitsec[bench]'
+"""
+
+JSON_HELP = "print one JSON document, nothing else, on standard output"
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_LONGEST = 1 << 30
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,20 +64,82 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("step",), help="what to measure")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else, on standard output")
-    parser.add_argument(
-        "--rounds", type=counted, default=7, metavar="N", help="counted rounds of each side (default: 7)"
-    )
-    parser.add_argument(
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    step = what.add_parser("step", help="a training step, against the same in one process", description=STEP)
+    step.add_argument("--json", action="store_true", help=JSON_HELP)
+    step.add_argument("--rounds", type=counted, default=7, metavar="N", help="counted rounds of each side (default: 7)")
+    step.add_argument(
         "--threads", type=counted, default=1, metavar="N", help="compute threads of every process (default: 1)"
     )
-    parser.add_argument("--network", action="append", metavar="NAME", help="only this network (may be repeated)")
+    step.add_argument("--network", action="append", metavar="NAME", help="only this network (may be repeated)")
+
+    channel = what.add_parser(
+        "channel",
+        help="the encrypted channel, against other ways to carry bytes",
+        description=CHANNEL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    channel.add_argument("--json", action="store_true", help=JSON_HELP)
+    channel.add_argument("--quick", action="store_true", help="a few rounds and tensors: half a minute, rough figures")
+    channel.add_argument(
+        "--sizes",
+        type=_sizes,
+        metavar="LIST",
+        help="sizes of a message, with commas between (default: 1KiB,256KiB,4MiB,64MiB)",
+    )
+    channel.add_argument("--transports", type=_transports, metavar="LIST", help="tcp, ipc, or both (default: tcp,ipc)")
+    channel.add_argument(
+        "--rounds",
+        type=counted,
+        metavar="N",
+        help="counted rounds at every size (default: 41, of 16 MiB and more 15; with --quick 7 and 3)",
+    )
+    channel.add_argument(
+        "--tensors",
+        type=_count,
+        metavar="N",
+        help="64 MiB tensors to stream for the memory figure; 0: leave it out (default: 100; with --quick 20)",
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Numbers of bytes, for argparse."""
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,12})\s*([a-zA-Z]*)\s*", part, re.ASCII)
+        size = int(found[1]) * _UNITS.get(found[2].upper(), 0) if found else 0
+        if not 1 <= size <= _LONGEST:
+            raise argparse.ArgumentTypeError(f"{part!r} is no size from 1B to 1GiB, such as 512B, 1KiB or 4MiB")
+        sizes.append(size)
+    return tuple(dict.fromkeys(sizes))
+
+
+def _transports(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [part for part in found if part not in ("tcp", "ipc")]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not tcp or ipc")
+    return found
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else counted(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    return _run_channel(arguments) if arguments.what == "channel" else _run_step(arguments)
+
+
+def _console() -> Console:
     from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+# --- bench step -------------------------------------------------------------------------------------------------------
+
+
+def _run_step(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from splitsec.bench.step import CASES, as_json, bench_step
@@ -74,5 +173,141 @@ def run(arguments: argparse.Namespace) -> int:
             f"{result.added_ms:+.2f} ms",
             {True: "yes", False: "NO", None: "-"}[result.weights_equal],
         )
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    _console().print(table)
     return 0
+
+
+# --- bench channel ----------------------------------------------------------------------------------------------------
+
+
+def _run_channel(arguments: argparse.Namespace) -> int:
+    from splitsec.bench.channel import SIZES, bench_channel
+    from splitsec.bench.rivals import FAMILIES
+
+    with _Followed() as watch:
+        report = bench_channel(
+            sizes=arguments.sizes or SIZES,
+            transports=arguments.transports or FAMILIES,
+            rounds=arguments.rounds,
+            quick=arguments.quick,
+            tensors=arguments.tensors,
+            watch=watch,
+        )
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        _print_report(report)
+    return 0
+
+
+class _Followed:
+    """Shows on standard error how far the measurement is: a bar on a terminal, a line for each stage elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console = Console(stderr=True, highlight=False)
+        self._live = console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=2,  # drawing takes processor time from what is measured
+            disable=not self._live,
+        )
+        self._task = self._bars.add_task("")
+
+    def __enter__(self) -> _Followed:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        if event["event"] == "stage":
+            self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(event["text"], total=event["of"])
+            if not self._live:
+                print(event["text"], file=sys.stderr, flush=True)
+        else:
+            self._bars.update(self._task, completed=event["done"])
+
+
+def _print_report(report: Report) -> None:
+    from rich.table import Table
+
+    from splitsec.bench.channel import size_text
+    from splitsec.bench.rivals import CONTENDERS
+
+    console = _console()
+    rivals = [name for name in CONTENDERS if name != "splitsec"]
+    table = Table(title="one round trip between two processes, medians in milliseconds", title_justify="left")
+    table.add_column("transport")
+    for column in ("size", "rounds", *(contender.title for contender in CONTENDERS.values())):
+        table.add_column(column, justify="right")
+    ratios = Table(title="splitsec takes, times the other's median", title_justify="left")
+    ratios.add_column("transport")
+    for column in ("size", *(CONTENDERS[name].title for name in rivals)):
+        ratios.add_column(column, justify="right")
+    for result in report.results:
+        place = (result.transport, size_text(result.size_bytes))
+        table.add_row(*place, str(result.rounds), *(_number(result.median(name), 3) for name in CONTENDERS))
+        ratios.add_row(*place, *(_number(result.ratio(name), 2) for name in rivals))
+    console.print(table)
+    console.print(ratios)
+
+    verdicts = [(verdict.target.text(), _number(verdict.ratio, 2), verdict.met) for verdict in report.verdicts]
+    if report.memory is not None:
+        both = [report.memory.multiple(end) for end in ("sender", "receiver")]
+        worst = None if None in both else max(multiple for multiple in both if multiple is not None)
+        wanted = f"peak memory of a stream: under {report.memory.BELOW:g} tensors"
+        verdicts.append((wanted, _number(worst, 2), report.memory.met))
+    if verdicts:
+        aims = Table(title="targets, for an idle machine with two cores", title_justify="left")
+        aims.add_column("target")
+        aims.add_column("here", justify="right")
+        aims.add_column("met")
+        for text, here, met in verdicts:
+            aims.add_row(text, here, {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "-"}[met])
+        console.print(aims)
+
+    if (memory := report.memory) is not None:
+        console.print(
+            f"memory: {memory.tensors} tensors of {size_text(memory.tensor_bytes)} streamed over tcp in "
+            f"{memory.seconds:.1f} s; peak above what was held before: "
+            f"sender {_peak(memory.sender_peak_bytes, memory.multiple('sender'))}, "
+            f"receiver {_peak(memory.receiver_peak_bytes, memory.multiple('receiver'))}"
+        )
+    if (times := report.handshake) is not None:
+        console.print(
+            f"handshake, computing at both ends: {times['plain_ms']:.2f} ms with X25519 alone, "
+            f"{times['hybrid_ms']:.2f} ms with ML-KEM-768 beside it"
+        )
+        console.print(
+            f"from the dial to an open channel: {times['open_plain_ms']:.1f} ms with X25519 alone, "
+            f"{times['open_hybrid_ms']:.1f} ms with ML-KEM-768 beside it"
+        )
+    for note in report.notes:
+        console.print(f"not measured: {note}", markup=False)
+    if report.load is not None and report.load > 0.5:
+        console.print(
+            f"the load average was {report.load:.1f} when this began: unless that was an earlier run, other programs "
+            "were at work, and the figures say less"
+        )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _peak(count: int | None, multiple: float | None) -> str:
+    if count is None or multiple is None:
+        return "unknown (there is no /proc here)"
+    return f"{count / (1 << 20):.0f} MiB ({multiple:.2f} tensors)"

@@ -46,6 +46,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="predict",
         help="which samples to predict (default: predict)",
     )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a line for every message to FILE: kind, size, time, never contents (`splitsec listen` reads it)",
+    )
     add_passphrase_option(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -109,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         out=Path(arguments.out) if arguments.out else None,
         weights=Path(arguments.weights) if arguments.weights else None,
         split=arguments.data,
+        trace=Path(arguments.trace) if arguments.trace else None,
     )
     left: list[dict[str, Any]] = []
     with Followed(quiet=arguments.quiet) as watch:

@@ -58,6 +58,13 @@ class Followed:
         match event["event"]:
             case "ready":
                 self.bars.update(task, description="waits for the others")
+            case "interrupted":
+                self._line(
+                    f"{party}: the connection with {event['peer']} broke ({event['why']}); nothing is lost, trying again "
+                    f"for {event['seconds']:g} s"
+                )
+            case "resumed":
+                self._line(f"{party}: connected with {event['peer']} again")
             case "connected":
                 self.bars.update(task, description="connected")
                 self._line(f"{party}: connected to all its peers, every channel encrypted")
@@ -72,6 +79,11 @@ class Followed:
                     f"epoch {event['epoch'] + 1}: {party} {PHASES[event['phase']]} {event['segment']}: "
                     f"loss {loss:.4f}{accuracy}"
                 )
+            case "warning":
+                if self.console.quiet:
+                    print(f"{party}: {event['text']}", file=sys.stderr)
+                else:
+                    self._line(f"{party}: {event['text']}")
             case "saved":
                 self._line(f"{party}: wrote {event['folder']}")
             case "done":

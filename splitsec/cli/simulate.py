@@ -14,6 +14,7 @@ cut.
 
   splitsec simulate examples/vanilla
   splitsec simulate examples/vanilla --epochs 2 --out trained
+  splitsec simulate examples/vanilla --trace traces      # then: splitsec listen traces
 """
 
 
@@ -29,6 +30,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--epochs", type=counted, metavar="N", help="passes over the data, in place of the graph's")
     parser.add_argument("--seed", type=seeded, metavar="S", help="seed of weights and order, in place of the graph's")
     parser.add_argument("--out", metavar="DIR", help="write trained segments to DIR/<party>/<segment>.safetensors")
+    parser.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="write a line for every message of each party to DIR/<party>.trace.jsonl: kind, size, time, never its "
+        "contents (`splitsec listen` reads them)",
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on standard output"
     )
@@ -60,7 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     with Followed(quiet=arguments.quiet) as watch:
         result = simulate(
-            arguments.folder, epochs=arguments.epochs, seed=arguments.seed, out=arguments.out, watch=watch
+            arguments.folder,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            out=arguments.out,
+            trace=arguments.trace,
+            watch=watch,
         )
     if arguments.json:
         print(json.dumps(result.as_json(), indent=2))

@@ -41,6 +41,7 @@ from splitsec.simulation import simulate
 from splitsec.transports import limits
 from splitsec.transports.channel import Channel, Outgoing
 from splitsec.transports.handshake import MAX_FRAME, Initiator, Responder
+from splitsec.transports.hybrid import combine
 from splitsec.transports.iothread import Received
 from splitsec.transports.session import Session
 from splitsec.transports.wire import CloseCode
@@ -108,8 +109,10 @@ def test_the_frames_of_the_example_are_those_of_our_machines(graph: Graph, examp
         return Channel(Session(handshake, now=0.0, lost_after=20.0, window=window), lanes, window=window)
 
     bound = digest(graph)
-    clinic = channel("clinic-a", Initiator(A_STATIC, public(B_STATIC), bound, lambda n: A_EPHEMERAL[:n]))
-    server = channel("server", Responder(B_STATIC, bound, {public(A_STATIC)}, lambda n: B_EPHEMERAL[:n]))
+    hybrid = graph.post_quantum
+    assert not hybrid
+    clinic = channel("clinic-a", Initiator(A_STATIC, public(B_STATIC), bound, lambda n: A_EPHEMERAL[:n], hybrid))
+    server = channel("server", Responder(B_STATIC, bound, {public(A_STATIC)}, lambda n: B_EPHEMERAL[:n], hybrid))
     assert frames(clinic, server) == [example["hello"]]
     assert frames(server, clinic) == [example["accept"]]
     assert clinic.session.handshake_hash == server.session.handshake_hash == example["handshake-hash"]
@@ -217,6 +220,17 @@ def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> N
     assert record == 8
     with pytest.raises(InvalidTag):
         unsealed(ours, 1, example["ready-frame"])
+
+
+def test_the_step_with_ml_kem_of_the_example(example: dict[str, bytes]) -> None:
+    """Once with our own code, once from the page."""
+    h, k1, k2 = (example[name] for name in ("handshake-hash", "key-from-initiator", "key-from-responder"))
+    secret, info = bytes([0x33]) * 32, b"splitsec/1 X25519+ML-KEM-768"
+    shown = example["hybrid-key-from-initiator"], example["hybrid-key-from-responder"]
+    assert combine(h, secret, k1, k2, info) == shown
+    prk = hmac.digest(h, secret + k1 + k2, "sha256")
+    there = hmac.digest(prk, info + b"\x01", "sha256")
+    assert (there, hmac.digest(prk, there + info + b"\x02", "sha256")) == shown
 
 
 def test_the_limits_are_those_of_the_code() -> None:

@@ -1,19 +1,25 @@
 """Our Noise against somebody else's: the package ``noiseprotocol`` plays one role of each handshake, we play the other.
 
 Every pattern that we offer, with and without pre-shared keys, in both roles: payloads inside the handshake messages,
-the handshake hash, and transport messages both ways, across a rekey.  Nothing here looks inside our objects.
+the handshake hash, and transport messages both ways, across a rekey.  Then the splitsec handshake, with and without
+ML-KEM: the other side is ``noiseprotocol``, the package ``cryptography`` and ten lines of hmac.  Nothing here looks
+inside our objects.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import itertools
 import os
 
 import pytest
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from noise.connection import Keypair, NoiseConnection
 
 from splitsec.transports.errors import PeerMisbehaved
+from splitsec.transports.handshake import Established, Initiator, Responder
 from splitsec.transports.noise import HandshakeState, pattern, public_key_of
 
 PSKS_OF_TWO = ["", "psk0", "psk1", "psk2", "psk0+psk2", "psk0+psk1+psk2"]  # for patterns of two messages
@@ -30,6 +36,7 @@ class Theirs:
     """The independent implementation, set up with the same knowledge as ours."""
 
     def __init__(self, name: str, *, initiator: bool, s: bytes, rs: bytes, psks: list[bytes], prologue: bytes) -> None:
+        self.initiator = initiator
         self.connection = NoiseConnection.from_name(pattern(name).protocol_name)
         if initiator:
             self.connection.set_as_initiator()
@@ -55,6 +62,12 @@ class Theirs:
 
     def open(self, ciphertext: bytes) -> bytes:
         return bytes(self.connection.decrypt(ciphertext))
+
+    def split_keys(self) -> tuple[bytes, bytes]:
+        """The raw keys of Split(): from initiator to responder, and back."""
+        protocol = self.connection.noise_protocol
+        send, receive = bytes(protocol.cipher_state_encrypt.k), bytes(protocol.cipher_state_decrypt.k)
+        return (send, receive) if self.initiator else (receive, send)
 
 
 def pair(
@@ -205,3 +218,74 @@ def test_with_fixed_ephemerals_every_byte_is_the_same(name: str, ours_initiates:
         else:
             assert ours.read_message(expected) == b"payload"
     assert ours.handshake_hash == bytes(initiator.connection.get_handshake_hash())
+
+
+# The splitsec handshake
+
+DIGEST = hashlib.sha256(b"a graph").digest()
+HELLO_HEAD, ACCEPT_HEAD = b"SPLITSEC\x01" + DIGEST[:8], b"\x01"
+
+
+def splitsec_handshake(
+    theirs: Theirs, our_s: bytes, their_s: bytes, *, ours_initiates: bool
+) -> tuple[Established, bytes]:
+    """What our machine holds, and the ML-KEM secret that their side has."""
+    if ours_initiates:
+        initiator = Initiator(our_s, public_key_of(their_s), DIGEST)
+        initiator.start()
+        (hello,) = initiator.frames_to_send()
+        assert hello[:17] == HELLO_HEAD
+        key = MLKEM768PublicKey.from_public_bytes(theirs.read(hello[17:]))
+        secret, ciphertext = key.encapsulate()
+        return initiator.receive(ACCEPT_HEAD + theirs.write(ciphertext)), secret
+    private = MLKEM768PrivateKey.generate()
+    responder = Responder(our_s, DIGEST, {public_key_of(their_s)})
+    responder.receive(HELLO_HEAD + theirs.write(private.public_key().public_bytes_raw()))
+    established = responder.accept()
+    (accept,) = responder.frames_to_send()
+    assert accept[:1] == ACCEPT_HEAD
+    return established, private.decapsulate(theirs.read(accept[1:]))
+
+
+@both_roles
+def test_the_hybrid_handshake_is_noise_with_ml_kem_in_its_payloads(ours_initiates: bool) -> None:
+    """To ``noiseprotocol`` they are payloads like any others; its keys, the secret and RFC 5869 give ours."""
+    our_s, their_s = os.urandom(32), os.urandom(32)
+    prologue = b"splitsec/1 X25519+ML-KEM-768 " + DIGEST
+    theirs = Theirs("IK", initiator=not ours_initiates, s=their_s, rs=public_key_of(our_s), psks=[], prologue=prologue)
+    ours, secret = splitsec_handshake(theirs, our_s, their_s, ours_initiates=ours_initiates)
+    h, (k1, k2) = bytes(theirs.connection.get_handshake_hash()), theirs.split_keys()
+    prk = hmac.digest(h, secret + k1 + k2, "sha256")
+    there = hmac.digest(prk, b"splitsec/1 X25519+ML-KEM-768\x01", "sha256")
+    back = hmac.digest(prk, there + b"splitsec/1 X25519+ML-KEM-768\x02", "sha256")
+    assert ours.handshake_hash == h
+    assert ours.remote_static == public_key_of(their_s)
+    assert (ours.send_key, ours.receive_key) == ((there, back) if ours_initiates else (back, there))
+
+
+@both_roles
+def test_without_the_hybrid_the_handshake_is_noise_and_nothing_else(ours_initiates: bool) -> None:
+    our_s, their_s = os.urandom(32), os.urandom(32)
+    theirs = Theirs(
+        "IK",
+        initiator=not ours_initiates,
+        s=their_s,
+        rs=public_key_of(our_s),
+        psks=[],
+        prologue=b"splitsec/1 " + DIGEST,
+    )
+    if ours_initiates:
+        initiator = Initiator(our_s, public_key_of(their_s), DIGEST, post_quantum=False)
+        initiator.start()
+        (hello,) = initiator.frames_to_send()
+        assert theirs.read(hello[17:]) == b""
+        ours = initiator.receive(ACCEPT_HEAD + theirs.write(b""))
+    else:
+        responder = Responder(our_s, DIGEST, {public_key_of(their_s)}, post_quantum=False)
+        responder.receive(HELLO_HEAD + theirs.write(b""))
+        ours = responder.accept()
+        (accept,) = responder.frames_to_send()
+        assert theirs.read(accept[1:]) == b""
+    k1, k2 = theirs.split_keys()
+    assert ours.handshake_hash == bytes(theirs.connection.get_handshake_hash())
+    assert (ours.send_key, ours.receive_key) == ((k1, k2) if ours_initiates else (k2, k1))

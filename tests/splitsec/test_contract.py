@@ -40,7 +40,8 @@ labels:
 exchanges:
   - {name: histogram, from: clinic-a, to: server, shape: [null, 16], dtype: float32, max_bytes: 4096}
 training: {epochs: 5, batch_size: 64, micro_batches: 4, seed: 7, drop_last: true}
-timeouts: {connect: 60, lost: 20}
+timeouts: {connect: 60, lost: 20, gone: 90}
+post_quantum: true
 """
 
 Keys = tuple[str | int, ...]
@@ -87,8 +88,8 @@ def test_the_bytes_are_those_that_the_documentation_spells() -> None:
         '"groups":[],"labels":[],"name":"two",'
         '"parties":[["b",{"address":null,"key":null,"listen":null}],'
         '["a",{"address":null,"key":null,"listen":"ipc:///run/é"}]],'
-        '"segments":[],"splitsec":1,'
-        '"timeouts":{"connect":"404e000000000000","lost":"4034000000000000"},'
+        '"post_quantum":true,"segments":[],"splitsec":1,'
+        '"timeouts":{"connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
         '"training":{"batch_size":64,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
     )
     assert digest(graph) == sha256(canonical_bytes(graph)).digest()
@@ -148,6 +149,8 @@ def test_order_counts_where_it_means_something(old: str, new: str) -> None:
         ("{at: clinics, data: x}", "{data: x, at: clinics}"),
         ("{at: clinics, data: x}", "{at: clinics, data: x, join: concat, loss_weight: 1.0}"),
         ("connect: 60", "connect: 60.0"),
+        ("post_quantum: true\n", ""),
+        ("post_quantum: true", "post_quantum: True"),
         ("epochs: 5", "epochs: 0x5"),
         ("splitsec: 1\nname: full\n", "name: full\nsplitsec: 1\n"),
         ("\n", "\r\n"),
@@ -158,13 +161,21 @@ def test_layout_does_not_count(old: str, new: str) -> None:
     assert digest(parse_graph(FULL.replace(old, new))) == digest(parse_graph(FULL))
 
 
+def test_who_goes_without_ml_kem_holds_another_contract() -> None:
+    """Also where neither file speaks of it: the default is in the bytes."""
+    without = parse_graph(FULL.replace("post_quantum: true\n", ""))
+    off = parse_graph(FULL.replace("post_quantum: true", "post_quantum: false"))
+    assert b'"post_quantum":true,' in canonical_bytes(without)
+    assert b'"post_quantum":false,' in canonical_bytes(off)
+    assert digest(off) != digest(without) == digest(parse_graph(FULL))
+
+
 def test_the_bytes_say_everything_that_the_graph_says() -> None:
     graph = parse_graph(FULL)
     values = json.loads(canonical_bytes(graph))
     for name in ("parties", "groups", "segments"):
         values[name] = dict(values[name])
-    for entry, key in ((values["timeouts"], "connect"), (values["timeouts"], "lost")):
-        entry[key] = struct.unpack(">d", bytes.fromhex(entry[key]))[0]
+    values["timeouts"] = {key: struct.unpack(">d", bytes.fromhex(one))[0] for key, one in values["timeouts"].items()}
     for segment in values["segments"].values():
         segment["loss_weight"] = struct.unpack(">d", bytes.fromhex(segment["loss_weight"]))[0]
     assert Graph.model_validate(values) == graph

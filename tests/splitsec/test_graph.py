@@ -205,6 +205,13 @@ exchanges: [{name: sums, from: ben, to: ann, shape: [], dtype: float64}]
     assert graph.data_parties(0) == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"), [("", True), ("post_quantum: true", True), ("post_quantum: false", False)]
+)
+def test_the_post_quantum_hybrid_is_on_unless_the_file_says_otherwise(line: str, expected: bool) -> None:
+    assert parse_graph(f"{VANILLA}{line}\n").post_quantum is expected
+
+
 def test_two_members_that_could_link_do_so() -> None:
     graph = parse_graph(changed(VANILLA, ("clinic-b: {}", 'clinic-b: {listen: "tcp://b.example.org:7400"}')))
     assert Link("clinic-a", "clinic-b") in graph.links()
@@ -511,6 +518,12 @@ MISTAKES = {
         "`training.epochs` is 5.5", "a whole number", ""),
     "yes for true": (VANILLA, [("epochs: 5", "drop_last: yes")], 17,
         "`training.drop_last` is yes (text)", "true or false", ""),
+    "off for false": (VANILLA, [("seed: 7}", "seed: 7}\npost_quantum: off")], 18,
+        "`post_quantum` is off (text)", "true or false", ""),
+    "0 for false": (VANILLA, [("seed: 7}", "seed: 7}\npost_quantum: 0")], 18,
+        "`post_quantum` is 0", "true or false", ""),
+    "post-quantum with a hyphen": (VANILLA, [("seed: 7}", "seed: 7}\npost-quantum: false")], 18,
+        "unknown key `post-quantum`", "`post_quantum`", "did you mean `post_quantum`?"),
     "a list for a mapping": (VANILLA, [("  clinic-a: {}", "  clinic-a: []")], 4,
         "`parties.clinic-a` is []", "keys and values", ""),
     "nothing for a mapping": (VANILLA, [("  clinic-a: {}", "  clinic-a:")], 4,

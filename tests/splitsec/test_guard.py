@@ -50,6 +50,7 @@ class Thread:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, int, bytes, bytes]] = []
         self.events: deque[Event] = deque()
+        self.closed_peers: list[tuple[bytes, int, str]] = []
         self.error: below.TransportsError | None = None
         self.closed: list[int] = []
 
@@ -62,6 +63,9 @@ class Thread:
 
     def receive(self, timeout: float | None = None) -> Event | None:
         return self.events.popleft() if self.events else None
+
+    def close_peer(self, peer: bytes, reason: int, why: str) -> None:
+        self.closed_peers.append((peer, reason, why))
 
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None:
         self.closed.append(reason)

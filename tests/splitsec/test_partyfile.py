@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,14 @@ MISTAKES = {
     "tests at one place only": ("clinic-a", ', test: "data:test"', "",
         5, "`clinic-a` has no test samples, but `server`", "", ""),
     "not yaml": ("clinic-a", "threads: 1", "threads: [", 7, "not YAML", "YAML", ""),
+    "unknown key of wss": ("clinic-a", "threads: 1", "wss: {cert: a.pem}",
+        6, "unknown key `cert` in `wss`", "`certificate`", ""),
+    "a certificate alone": ("clinic-a", "threads: 1", "wss: {certificate: a.pem}",
+        6, "`wss` has a `certificate`, but no `key`", "both where the party listens", "add `key`"),
+    "a key alone": ("clinic-a", "threads: 1", "wss: {key: a.pem}",
+        6, "`wss` has a `key`, but no `certificate`", "none where it only dials", "add `certificate`"),
+    "a proxy of another kind": ("clinic-a", "threads: 1", 'wss: {ca: a, proxy: "socks5://me:secret@here:1"}',
+        6, "`wss.proxy` is no proxy that can be used", "http://HOST:PORT", "`proxy: none`"),
 }  # fmt: skip
 
 
@@ -263,6 +272,107 @@ def test_mistakes_of_the_graph_come_first(folder: Path) -> None:
     change(folder / "graph.yaml", "seg", "sge")
     with pytest.raises(GraphError, match="sgements"):
         load_folder(folder)
+
+
+# Files for wss://
+
+
+@pytest.fixture
+def web(folder: Path) -> Path:
+    """A party file with a `wss` section, line by line from line 6, and its files."""
+    parties = folder / "parties"
+    (parties / "tls").mkdir()
+    for name in ("a.crt", "a.key", "ca.pem"):
+        (parties / "tls" / name).write_text("PEM")
+        (parties / "tls" / name).chmod(0o600 if name == "a.key" else 0o644)
+    section = (
+        'wss:\n  certificate: tls/a.crt\n  key: tls/a.key\n  ca: tls/ca.pem\n  proxy: "http://me:secret@proxy:3128"\n'
+    )
+    change(parties / "clinic-a.yaml", "threads: 1\n", section)
+    return parties
+
+
+def test_the_files_for_wss_are_beside_the_party_file(web: Path) -> None:
+    assert load_party(web / "clinic-a.yaml").transport_options() == {
+        "wss": {
+            "certificate": str(web / "tls" / "a.crt"),
+            "key": str(web / "tls" / "a.key"),
+            "ca": str(web / "tls" / "ca.pem"),
+            "proxy": "http://me:secret@proxy:3128",
+        }
+    }
+
+
+def test_without_a_section_there_is_nothing_to_tell(folder: Path) -> None:
+    change(folder / "parties" / "clinic-a.yaml", "threads: 1", "wss: {proxy: none}")
+    assert load_party(folder / "parties" / "clinic-a.yaml").transport_options() == {"wss": {"proxy": "none"}}
+    assert load_party(folder / "parties" / "clinic-b.yaml").transport_options() == {}
+
+
+def test_an_absolute_path_for_wss_stays_absolute(web: Path) -> None:
+    elsewhere = web.parent / "elsewhere.pem"
+    elsewhere.write_text("PEM")
+    change(web / "clinic-a.yaml", "ca: tls/ca.pem", f"ca: {elsewhere}")
+    assert load_party(web / "clinic-a.yaml").transport_options()["wss"]["ca"] == str(elsewhere)
+
+
+def test_the_files_need_not_be_there_to_check_or_simulate(web: Path) -> None:
+    for file in (web / "tls").iterdir():
+        file.unlink()
+    assert load_folder(web.parent).parties["clinic-a"].wss is not None
+
+
+def file_refused(web: Path) -> PartyFileError:
+    with pytest.raises(PartyFileError) as caught:
+        load_party(web / "clinic-a.yaml").transport_options()
+    assert caught.value.file == str(web / "clinic-a.yaml")
+    assert caught.value.expected
+    assert caught.value.fix
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "line"), [("a.crt", "certificate", 7), ("a.key", "key", 8), ("ca.pem", "ca", 9)]
+)
+def test_a_file_for_wss_that_is_missing(web: Path, name: str, key: str, line: int) -> None:
+    (web / "tls" / name).unlink()
+    error = file_refused(web)
+    assert error.seen == f"`wss.{key}`: {web / 'tls' / name} is not there"
+    assert error.line == line
+
+
+def test_a_file_for_wss_that_is_none(web: Path) -> None:
+    (web / "tls" / "a.crt").unlink()
+    (web / "tls" / "a.crt").mkdir()
+    assert "is not a file" in file_refused(web).seen
+
+
+def test_a_file_for_wss_that_cannot_be_read(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def guarded(path: str | Path, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith("a.crt"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", guarded)
+    error = file_refused(web)
+    assert error.seen == f"`wss.certificate`: {web / 'tls' / 'a.crt'} cannot be read: Permission denied"
+    assert error.line == 7
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o610])
+def test_a_tls_key_that_others_may_use(web: Path, mode: int) -> None:
+    (web / "tls" / "a.key").chmod(mode)
+    error = file_refused(web)
+    assert error.seen == f"`wss.key`: others may use {web / 'tls' / 'a.key'} (mode {mode:04o})"
+    assert error.line == 8
+    assert f"chmod 600 {web / 'tls' / 'a.key'}" in error.fix
+
+
+def test_a_proxys_password_is_not_shown(folder: Path) -> None:
+    change(folder / "parties" / "clinic-a.yaml", "threads: 1", 'wss: {proxy: "ftp://me:secret@here"}')
+    assert "secret" not in str(refused(folder))
 
 
 # Functions
@@ -423,4 +533,5 @@ def test_what_names_no_function(tmp_path: Path, spec: str) -> None:
 
 def test_the_models_say_what_they_are() -> None:
     models: list[Any] = [partyfile.PartyFile, partyfile.SegmentCode, partyfile.DataFunctions, partyfile.Optimizer]
+    models.append(partyfile.WebSocket)
     assert all(one.description for model in models for one in model.model_fields.values())

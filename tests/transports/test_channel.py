@@ -9,7 +9,7 @@ import pytest
 
 from splitsec.transports.channel import Channel, Event, Forwarded, Message, Outgoing, Relay
 from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
-from splitsec.transports.limits import CHUNK_MAX, GATHER_MAX, HEADER_MAX, WINDOW
+from splitsec.transports.limits import CHUNK_MAX, GATHER_MAX, HEADER_MAX, MESSAGE_COST, OVERHEAD, RUN_SIZE, WINDOW
 from splitsec.transports.session import Ended, Session, State
 from splitsec.transports.testing import FakeClock, Wire, lend, session_pair
 from splitsec.transports.wire import ChunkHeader, CloseCode, Kind, pack_forward_prefix
@@ -20,14 +20,25 @@ LANES = {1: 40 << 20, 2: 1000}
 def opened(*, window: int = WINDOW, forwards: bool = False) -> tuple[Channel, Channel, Wire]:
     """Two channels that have met, and the wire between them."""
     clock = FakeClock()
-    left, right = (Channel(s, LANES, forwards=forwards, window=window) for s in session_pair(clock.now, window=window))
+    left, right = (Channel(LANES, run=bytes([end]) * RUN_SIZE, forwards=forwards, window=window) for end in (1, 2))
+    return left, right, meet(left, right, clock)
+
+
+def meet(left: Channel, right: Channel, clock: FakeClock, seed: int = 1) -> Wire:
+    """A new session between two channels, opened."""
+    session_pair(clock.now, channels=(left, right), seed=seed)
     wire = Wire(left, right, clock)
     wire.run()
-    assert left.session.is_open
-    assert right.session.is_open
+    assert left.is_open
+    assert right.is_open
     for events in wire.events:
         events.clear()
-    return left, right, wire
+    return wire
+
+
+def carried(channel: Channel) -> Session:
+    assert channel.session is not None
+    return channel.session
 
 
 def pattern(size: int) -> bytearray:
@@ -73,9 +84,9 @@ def test_several_buffers_travel_as_one(sizes: list[int]) -> None:
 def test_a_small_message_is_one_frame_and_a_large_one_is_cut_in_chunks() -> None:
     left, _, _ = opened()
     left.send(Outgoing(1, b"header", [bytes(65_536)]))
-    assert [len(frame) for frame in left.frames_to_send(lend)] == [57 + 6 + 65_536]
+    assert [len(frame) for frame in left.frames_to_send(lend)] == [OVERHEAD + 6 + 65_536]
     left.send(Outgoing(1, b"", [bytes(2 * CHUNK_MAX + 5)]))
-    assert [len(frame) - 57 for frame in left.frames_to_send(lend)] == [CHUNK_MAX, CHUNK_MAX, 5]
+    assert [len(frame) - OVERHEAD for frame in left.frames_to_send(lend)] == [CHUNK_MAX, CHUNK_MAX, 5]
 
 
 def test_a_chunk_within_one_buffer_is_not_copied() -> None:
@@ -173,7 +184,7 @@ def test_no_message_survives_damage_to_any_of_its_frames(victim: int, how: str) 
             wire.deliver(0)
     whole = (how, victim) == ("repeat", 3)  # it was complete before the repetition
     assert len(messages(wire.events[1])) == whole
-    assert right.session.state is State.FAILED
+    assert carried(right).state is State.FAILED
 
 
 # Limits come first.
@@ -210,7 +221,7 @@ def test_what_the_contract_does_not_allow_closes_the_channel_before_memory_is_ma
     frames: list[Callable[[Session], bytes]], match: str
 ) -> None:
     left, right, wire = opened()
-    sealed = [frame(left.session) for frame in frames]
+    sealed = [frame(carried(left)) for frame in frames]
     tracemalloc.start()
     try:
         with pytest.raises(PeerMisbehaved, match=match):
@@ -219,9 +230,11 @@ def test_what_the_contract_does_not_allow_closes_the_channel_before_memory_is_ma
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
-    assert right.session.state is State.FAILED
+    assert carried(right).state is State.FAILED
     (goodbye,) = right.frames_to_send(lend)
-    assert left.receive(memoryview(goodbye), wire.clock.now)[-1].code is CloseCode.MISBEHAVED  # type: ignore[union-attr]
+    (ended,) = carried(left).receive(memoryview(goodbye), wire.clock.now)
+    assert isinstance(ended, Ended)
+    assert ended.code is CloseCode.MISBEHAVED
 
 
 def test_a_message_at_its_limit_is_taken() -> None:
@@ -234,7 +247,7 @@ def test_a_message_at_its_limit_is_taken() -> None:
 def test_a_forwarded_frame_that_holds_none_is_refused() -> None:
     left, right, wire = opened(forwards=True)
     with pytest.raises(PeerMisbehaved, match="holds none"):
-        right.receive(memoryview(crafted(ChunkHeader(Kind.FORWARD), bytes(40))(left.session)), wire.clock.now)
+        right.receive(memoryview(crafted(ChunkHeader(Kind.FORWARD), bytes(40))(carried(left))), wire.clock.now)
 
 
 @pytest.mark.parametrize("lane", [-1, 1 << 16])
@@ -271,13 +284,13 @@ def test_three_large_messages_share_the_channel() -> None:
     for lane in (1, 2, 3):
         left.send(Outgoing(lane, b"", [bytes(4 * CHUNK_MAX)]))
     order: list[int] = []
-    seal = left.session.seal
+    seal = carried(left).seal
 
     def watch(header: ChunkHeader, payload: memoryview, lend: object) -> memoryview:
         order.append(header.lane)
         return seal(header, payload, lend)  # type: ignore[arg-type]
 
-    left.session.seal = watch  # type: ignore[method-assign, assignment]
+    carried(left).seal = watch  # type: ignore[method-assign, assignment]
     assert len(list(left.frames_to_send(lend))) == 12
     assert order == [1, 2, 3] * 4
 
@@ -304,19 +317,35 @@ def test_forwarded_frames_take_turns_too() -> None:
 
 
 def test_nobody_takes_messages_so_nobody_sends_more_than_the_window() -> None:
-    window = 4 * CHUNK_MAX
-    left, right, wire = opened(window=window)
+    one = CHUNK_MAX + MESSAGE_COST
+    left, right, wire = opened(window=4 * one)
     for _ in range(10):
         left.send(Outgoing(1, b"", [bytes(CHUNK_MAX)]))
     wire.run()
     assert len(messages(wire.events[1])) == 4
     assert left.queued == 6 * CHUNK_MAX
-    right.taken(2 * CHUNK_MAX)
+    right.taken(2 * one)
     wire.run()
     assert len(messages(wire.events[1])) == 6
-    right.taken(4 * CHUNK_MAX)
+    right.taken(4 * one)
     wire.run()
     assert len(messages(wire.events[1])) == 10
+
+
+def test_messages_of_no_bytes_fill_the_window_too() -> None:
+    left, right, wire = opened(window=64 * MESSAGE_COST)
+    for _ in range(1000):
+        left.send(Outgoing(1, b"", []))
+    wire.run()
+    held = len(messages(wire.events[1]))
+    assert 64 <= held <= 128
+    wire.clock.advance(1)
+    right.tick(wire.clock.now)
+    wire.run()
+    assert len(messages(wire.events[1])) == held
+    right.taken(held * MESSAGE_COST)
+    wire.run()
+    assert len(messages(wire.events[1])) > held
 
 
 def test_a_message_may_be_larger_than_the_window() -> None:
@@ -328,7 +357,7 @@ def test_a_message_may_be_larger_than_the_window() -> None:
 
 
 def test_who_ignores_the_window_misbehaves() -> None:
-    left, right, wire = opened(window=2 * CHUNK_MAX)
+    left, right, wire = opened(window=2 * (CHUNK_MAX + MESSAGE_COST))
     left.granted(1 << 60)
     for _ in range(3):
         left.send(Outgoing(1, b"", [bytes(CHUNK_MAX)]))
@@ -337,7 +366,7 @@ def test_who_ignores_the_window_misbehaves() -> None:
     wire.deliver(0)
     with pytest.raises(PeerMisbehaved, match="window"):
         wire.deliver(0)
-    assert right.session.state is State.FAILED
+    assert carried(right).state is State.FAILED
 
 
 def test_a_small_message_passes_a_large_one_that_waits_for_the_window() -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import os
 import stat
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from splitsec.transports import base, testing
-from splitsec.transports.base import AddressError, Arrival, Event, Port, Transport, find_transport, registered
+from splitsec.transports.base import (
+    AddressError,
+    Arrival,
+    Disconnected,
+    Event,
+    Port,
+    Transport,
+    find_transport,
+    registered,
+)
 from splitsec.transports.errors import LocalProtocolError
 from splitsec.transports.memory import MemoryTransport
+from splitsec.transports.sockets import SocketTransport
 from splitsec.transports.testing import TransportConformance
 from splitsec.transports.zeromq import ZeroMQTransport
 
@@ -21,6 +32,8 @@ _numbers = itertools.count()
 
 
 class TestMemory(TransportConformance):
+    bounds_strangers = False
+
     def address(self) -> str:
         return f"memory://conformance-{next(_numbers)}"
 
@@ -39,19 +52,42 @@ class TestIpc(TransportConformance):
         return f"ipc://{self.folder}/{next(_numbers)}.sock"
 
 
+class TestIpcWithoutAFile(TransportConformance):
+    def address(self) -> str:
+        return f"ipc://@splitsec-conformance-{os.getpid()}-{next(_numbers)}"
+
+
+class TestZeroMQTcp(TransportConformance):
+    bounds_strangers = False
+    hangs_up = False
+
+    def address(self) -> str:
+        return "zmq+tcp://127.0.0.1:*"
+
+
+class TestZeroMQIpc(TestIpc):
+    bounds_strangers = False
+    hangs_up = False
+
+    def address(self) -> str:
+        return f"zmq+{super().address()}"
+
+
 # Transports are found by their scheme.
 
 
 def test_no_registered_transport_is_left_out() -> None:
-    assert set(registered()) == {"memory", "tcp", "ipc"}
+    assert set(registered()) == {"memory", "tcp", "ipc", "zmq+tcp", "zmq+ipc"}
 
 
 @pytest.mark.parametrize(
     ("address", "scheme", "kind"),
     [
         ("memory://a", "memory", MemoryTransport),
-        ("tcp://127.0.0.1:1", "tcp", ZeroMQTransport),
-        ("ipc:///tmp/a", "ipc", ZeroMQTransport),
+        ("tcp://127.0.0.1:1", "tcp", SocketTransport),
+        ("ipc:///tmp/a", "ipc", SocketTransport),
+        ("zmq+tcp://127.0.0.1:1", "zmq+tcp", ZeroMQTransport),
+        ("zmq+ipc:///tmp/a", "zmq+ipc", ZeroMQTransport),
     ],
 )
 def test_built_in_transports_are_found_without_any_metadata(
@@ -69,10 +105,12 @@ def test_somebody_elses_transport_is_found_and_cannot_take_our_schemes(monkeypat
     ]
     monkeypatch.setattr(base, "entry_points", lambda group: points if group == base.GROUP else ())
     assert find_transport("pigeon://loft") == ("pigeon", MemoryTransport)
-    assert find_transport("tcp://127.0.0.1:1") == ("tcp", ZeroMQTransport)
+    assert find_transport("tcp://127.0.0.1:1") == ("tcp", SocketTransport)
     with pytest.raises(LocalProtocolError, match="no Transport"):
         find_transport("wrong://loft")
-    with pytest.raises(AddressError, match="'smoke://hill'; there are ipc, memory, pigeon, tcp, wrong"):
+    with pytest.raises(
+        AddressError, match=r"'smoke://hill'; there are ipc, memory, pigeon, tcp, wrong, zmq\+ipc, zmq\+tcp"
+    ):
         find_transport("smoke://hill")
 
 
@@ -80,8 +118,8 @@ def test_somebody_elses_transport_is_found_and_cannot_take_our_schemes(monkeypat
 
 
 def test_an_ipc_folder_that_we_make_is_closed_to_others(tmp_path: Path) -> None:
-    transport = ZeroMQTransport("ipc")
-    port = transport.listen(f"ipc://{tmp_path}/made/by/us.sock")
+    transport = ZeroMQTransport("zmq+ipc")
+    port = transport.listen(f"zmq+ipc://{tmp_path}/made/by/us.sock")
     assert stat.S_IMODE((tmp_path / "made" / "by").stat().st_mode) == 0o700
     port.close(0)
     transport.close(0)
@@ -90,25 +128,25 @@ def test_an_ipc_folder_that_we_make_is_closed_to_others(tmp_path: Path) -> None:
 def test_a_socket_file_left_behind_is_no_hindrance_but_other_files_are(tmp_path: Path) -> None:
     path = tmp_path / "a.sock"
     for _ in range(2):
-        transport = ZeroMQTransport("ipc")
-        port = transport.listen(f"ipc://{path}")
+        transport = ZeroMQTransport("zmq+ipc")
+        port = transport.listen(f"zmq+ipc://{path}")
         port.close(0)
         transport.close(0)
     work = tmp_path / "work"
     work.write_text("somebody's")
-    transport = ZeroMQTransport("ipc")
+    transport = ZeroMQTransport("zmq+ipc")
     with pytest.raises(AddressError, match="no socket"):
-        transport.listen(f"ipc://{work}")
+        transport.listen(f"zmq+ipc://{work}")
     assert work.read_text() == "somebody's"
     transport.close(0)
 
 
-def test_a_host_may_be_named(tmp_path: Path) -> None:
-    transport = ZeroMQTransport("tcp")
-    port = transport.listen("tcp://localhost:0")
-    assert port.endpoint.startswith("tcp://127.0.0.1:")
+def test_a_host_may_be_named() -> None:
+    transport = ZeroMQTransport("zmq+tcp")
+    port = transport.listen("zmq+tcp://localhost:0")
+    assert port.endpoint.startswith("zmq+tcp://127.0.0.1:")
     with pytest.raises(AddressError, match=r"no-such-host\.invalid"):
-        transport.listen("tcp://no-such-host.invalid:1")
+        transport.listen("zmq+tcp://no-such-host.invalid:1")
     port.close(0)
     transport.close(0)
 
@@ -133,6 +171,18 @@ class _Bad(Port):
 
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         return self.port.send(connection, frame)
+
+    def trust(self, connection: Hashable) -> None:
+        self.port.trust(connection)
+
+    def hang_up(self, connection: Hashable) -> None:
+        self.port.hang_up(connection)
+
+    def deadline(self) -> float | None:
+        return self.port.deadline()
+
+    def tick(self, now: float) -> None:
+        self.port.tick(now)
 
     def close(self, linger: float) -> None:
         self.port.close(linger)
@@ -171,12 +221,88 @@ class _Splits(_Bad):
 
 
 class _Borrows(_Bad):
+    """Sends a frame one later than it says."""
+
+    borrowed: tuple[Hashable, bytes | bytearray | memoryview] | None = None
+
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        if self.borrowed is not None and not self.port.send(*self.borrowed):
+            return False
+        self.borrowed = (connection, frame) if len(frame) > 1000 else None
+        return self.borrowed is not None or self.port.send(connection, frame)
+
+
+class _Overwrites(_Bad):
+    """Reads on while somebody still looks at what it gave last."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__(port)
+        self.buffer = bytearray(4096)
+
     def receive(self) -> Event | None:
         event = self.port.receive()
-        if isinstance(event, Arrival) and len(event.frame) > 1000:
-            _borrowed[: len(event.frame)] = event.frame
-            return Arrival(event.connection, memoryview(_borrowed)[: len(event.frame)])
+        if isinstance(event, Arrival) and len(event.frame) == len(self.buffer):
+            self.buffer[:] = event.frame
+            return Arrival(event.connection, memoryview(self.buffer))
         return event
+
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        self.buffer[:] = bytes(len(self.buffer))
+        return super().send(connection, frame)
+
+
+class _Forgets(_Bad):
+    """Begins a refused frame anew, though part of it has left."""
+
+    def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
+        taken = super().send(connection, frame)
+        link = self.port._links.get(connection)  # type: ignore[attr-defined]
+        if not taken and link is not None:
+            link.sent = 0
+        return taken
+
+
+class _Talks(_Bad):
+    """Tells of the end of a connection that it was told to end."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__(port)
+        self.ended: list[Event] = []
+
+    def receive(self) -> Event | None:
+        return self.ended.pop() if self.ended else super().receive()
+
+    def hang_up(self, connection: Hashable) -> None:
+        super().hang_up(connection)
+        self.ended.append(Disconnected(connection))
+
+
+class _Clings(_Bad):
+    def hang_up(self, connection: Hashable) -> None:
+        pass
+
+
+class _Trusts(_Bad):
+    """Trusts everybody whose name it knows."""
+
+    def receive(self) -> Event | None:
+        event = super().receive()
+        if isinstance(event, Arrival):
+            self.port.trust(event.connection)
+        return event
+
+
+class _Waits(_Bad):
+    def deadline(self) -> float | None:
+        return 0.0
+
+    def tick(self, now: float) -> None:
+        pass
+
+
+class _Distrusts(_Bad):
+    def trust(self, connection: Hashable) -> None:
+        pass
 
 
 class _Hoards(_Bad):
@@ -191,15 +317,12 @@ class _Mute(_Bad):
         return ()
 
 
-_borrowed = bytearray(1 << 21)
-
-
 def spoilt(kind: type[Transport], bad: Callable[[Port], Port]) -> type[Transport]:
     """A transport as ``kind``, with something wrong at every port."""
 
     class Spoilt(Transport):
-        def __init__(self, scheme: str) -> None:
-            self.whole = kind(scheme)
+        def __init__(self, scheme: str, options: Mapping[str, str] = base.NO_OPTIONS) -> None:
+            self.whole = kind(scheme, options)
 
         def listen(self, address: str) -> Port:
             return bad(self.whole.listen(address))
@@ -222,13 +345,24 @@ def spoilt(kind: type[Transport], bad: Callable[[Port], Port]) -> type[Transport
         (MemoryTransport, _Splits, "test_many_small_frames_keep_their_borders"),
         (MemoryTransport, _Borrows, "test_the_memory_of_a_frame_that_was_taken_may_be_used_again"),
         (MemoryTransport, _Hoards, "test_a_full_queue_refuses_and_loses_nothing"),
+        (MemoryTransport, _Overwrites, "test_the_memory_of_a_frame_that_was_taken_may_be_used_again"),
+        (MemoryTransport, _Talks, "test_hanging_up_ends_one_connection_and_says_nothing_more_of_it"),
+        (MemoryTransport, _Clings, "test_hanging_up_ends_one_connection_and_says_nothing_more_of_it"),
+        (MemoryTransport, _Clings, "test_who_dialed_may_hang_up"),
         (ZeroMQTransport, _Mute, "test_frames_arrive_once_in_order_and_unchanged"),
+        (SocketTransport, _Mute, "test_frames_arrive_once_in_order_and_unchanged"),
+        (SocketTransport, _Forgets, "test_a_full_queue_refuses_and_loses_nothing"),
+        (SocketTransport, _Trusts, "test_a_stranger_may_say_hello_and_no_more"),
+        (SocketTransport, _Trusts, "test_a_stranger_has_limited_time"),
+        (SocketTransport, _Waits, "test_a_stranger_has_limited_time"),
+        (SocketTransport, _Distrusts, "test_trust_comes_in_time_for_what_is_under_way"),
     ],
 )
 def test_the_suite_notices(
     kind: type[Transport], bad: Callable[[Port], Port], test: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite = TestMemory() if kind is MemoryTransport else TestTcp()
+    suites = {MemoryTransport: TestMemory, ZeroMQTransport: TestZeroMQTcp, SocketTransport: TestTcp}
+    suite = suites[kind]()
     monkeypatch.setattr(testing, "find_transport", lambda address: (address.partition(":")[0], spoilt(kind, bad)))
     monkeypatch.setattr(testing, "_PATIENCE", 0.5)
     with pytest.raises(AssertionError):

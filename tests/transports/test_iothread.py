@@ -19,9 +19,9 @@ import zmq
 
 from splitsec.transports import channel, iothread
 from splitsec.transports.base import AddressError
-from splitsec.transports.errors import LocalProtocolError, Lost, PeerMisbehaved, RefusalReason, Refused
+from splitsec.transports.errors import LocalProtocolError, Lost, PeerMisbehaved, RefusalReason, Refused, Restarted
 from splitsec.transports.handshake import MAGIC, Initiator
-from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Peer, Received
+from splitsec.transports.iothread import CloseCode, Closed, Interrupted, IOThread, Opened, Peer, Received
 from splitsec.transports.limits import FRAME_MAX, LOGS_BURST
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Session
@@ -221,14 +221,14 @@ def test_no_secret_is_logged(party: Make, caplog: pytest.LogCaptureFixture) -> N
         assert secret not in caplog.text
 
 
-def test_a_second_session_with_one_key_has_to_wait(party: Make) -> None:
+def test_a_second_process_with_one_key_is_turned_away_and_disturbs_nobody(party: Make) -> None:
     meet = Meet(party)
     twin = party(2)
-    party.start(twin, [twin.peer(meet.a, dial=meet.a.io.endpoint)], connect_timeout=1.2)  # type: ignore[attr-defined]
+    party.start(twin, [twin.peer(meet.a, dial=meet.a.io.endpoint)])  # type: ignore[attr-defined]
     closed = twin.next()
     assert isinstance(closed, Closed)
-    assert isinstance(closed.error, Lost)
-    assert "within 1.2 s; the last try ended so: handshake refused by the peer" in str(closed.error)
+    assert isinstance(closed.error, Restarted)
+    assert closed.code is CloseCode.RESTARTED
     meet.b.io.send(meet.a.key, 1, b"still here")
     assert meet.a.next() == Received(meet.b.key, 1, b"still here", memoryview(b""))
 
@@ -416,7 +416,7 @@ def test_close_frees_a_sender_who_waits(party: Make, monkeypatch: pytest.MonkeyP
     assert "closed" in str(raised[0])
 
 
-def test_a_peer_that_is_killed_is_lost_at_once(party: Make, tmp_path: Path) -> None:
+def test_a_peer_that_is_killed_is_missed_at_once_and_given_up_in_time(party: Make, tmp_path: Path) -> None:
     """Not only after ``lost_after``: the operating system tells of the broken connection, whoever dialed."""
     script = tmp_path / "sit.py"
     script.write_text(
@@ -439,7 +439,7 @@ def test_a_peer_that_is_killed_is_lost_at_once(party: Make, tmp_path: Path) -> N
     for dials in (True, False):
         a, b = party(1), party(2)
         if dials:
-            party.start(a, [a.peer(b)], listen=ANY)  # type: ignore[attr-defined]
+            party.start(a, [a.peer(b)], listen=ANY, gone_after=1.0)  # type: ignore[attr-defined]
         address = a.io.endpoint or "" if dials else ""
         process = subprocess.Popen(
             [sys.executable, str(script), a.key.hex(), address], stdout=subprocess.PIPE, text=True
@@ -447,15 +447,20 @@ def test_a_peer_that_is_killed_is_lost_at_once(party: Make, tmp_path: Path) -> N
         assert process.stdout is not None
         endpoint = process.stdout.readline().strip()
         if not dials:
-            party.start(a, [a.peer(b, dial=endpoint)])  # type: ignore[attr-defined]
+            party.start(a, [a.peer(b, dial=endpoint)], gone_after=1.0)  # type: ignore[attr-defined]
         assert a.next() == Opened(b.key)
         process.send_signal(signal.SIGKILL)
         killed = time.monotonic()
+        interrupted = a.next()
+        assert isinstance(interrupted, Interrupted)
+        assert interrupted.seconds == pytest.approx(1.0)
+        assert time.monotonic() - killed < 0.9
         closed = a.next()
         assert isinstance(closed, Closed)
         assert isinstance(closed.error, Lost)
+        assert "the peer is gone: no connection for 1 s; the last try ended so:" in str(closed.error)
         assert closed.code is CloseCode.LOST
-        assert time.monotonic() - killed < 3
+        assert 0.9 < time.monotonic() - killed < 3
         process.communicate()
         a.io.close()
 
@@ -478,14 +483,15 @@ def test_a_peer_that_stands_still_is_lost_by_its_silence(party: Make, tmp_path: 
         )
     )
     a, b = party(1), party(2)
-    party.start(a, [a.peer(b)], listen=ANY, lost_after=0.8)  # type: ignore[attr-defined]
+    party.start(a, [a.peer(b)], listen=ANY, lost_after=0.8, gone_after=0.2)  # type: ignore[attr-defined]
     process = subprocess.Popen([sys.executable, str(script), a.key.hex(), str(a.io.endpoint)])
     try:
         assert a.next() == Opened(b.key)
         a.io.send(b.key, 1, b"stop")
-        closed = a.next()
-        assert isinstance(closed, Closed)
-        assert str(closed.error) == "nothing was heard for 0.8 s"
+        interrupted = a.next()
+        assert isinstance(interrupted, Interrupted)
+        assert str(interrupted.error) == "nothing was heard for 0.8 s"
+        assert isinstance(a.next(), Closed)
     finally:
         process.kill()
         process.wait()
@@ -673,9 +679,9 @@ def test_when_the_far_end_dies_the_near_end_finds_out_by_its_silence(
     chain = Chain(party, lost_after=1.0)
     chain.meet()
     monkeypatch.setattr(chain.b.io._driver, "_forwarded", lambda *_: None)  # B passes nothing on any more
-    closed = chain.a.next()
-    assert isinstance(closed, Closed)
-    assert (closed.peer, str(closed.error)) == (chain.c.key, "nothing was heard for 1 s")
+    interrupted = chain.a.next()
+    assert isinstance(interrupted, Interrupted)
+    assert (interrupted.peer, str(interrupted.error)) == (chain.c.key, "nothing was heard for 1 s")
 
 
 def test_when_the_middle_goes_both_ends_lose_each_other(party: Make) -> None:

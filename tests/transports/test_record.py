@@ -1,14 +1,23 @@
-"""Records: what is on the wire is AES-256-GCM with the specified nonces, and only the next record opens."""
+"""Records: what is on the wire is AES-256-GCM with the specified nonces and keys, and only the next record opens."""
 
 from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from noise.backends.default import DefaultNoiseBackend
+from noise.noise_protocol import NoiseProtocol
+from noise.state import CipherState
 
-from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
+from splitsec.transports.errors import Damaged, LocalProtocolError, PeerMisbehaved
 from splitsec.transports.record import Opener, Sealer
 
 KEY = bytes(range(32))
+LAST = 2**64 - 1
+
+
+def next_key(key: bytes) -> bytes:
+    """REKEY(k) of Noise, section 4.2, with AES-GCM's nonce of section 12.4."""
+    return AESGCM(key).encrypt(bytes(4) + LAST.to_bytes(8, "big"), bytes(32), None)[:32]
 
 
 def seal(sealer: Sealer, plain: bytes, associated: bytes = b"") -> bytes:
@@ -53,18 +62,18 @@ def test_only_the_room_of_a_record_is_written() -> None:
 def test_no_flipped_bit_opens(byte: int, bit: int) -> None:
     sealed = bytearray(seal(Sealer(KEY), b"hello"))
     sealed[byte] ^= 1 << bit
-    with pytest.raises(PeerMisbehaved, match="altered, or not the next"):
+    with pytest.raises(Damaged, match="altered, or not the next"):
         open_(Opener(KEY), bytes(sealed))
 
 
 @pytest.mark.parametrize("size", range(5 + 16))
 def test_no_shortened_record_opens(size: int) -> None:
-    with pytest.raises(PeerMisbehaved):
+    with pytest.raises(Damaged):
         open_(Opener(KEY), seal(Sealer(KEY), b"hello")[:size])
 
 
 def test_no_lengthened_record_opens() -> None:
-    with pytest.raises(PeerMisbehaved):
+    with pytest.raises(Damaged):
         open_(Opener(KEY), seal(Sealer(KEY), b"hello") + b"\0")
 
 
@@ -73,7 +82,7 @@ def test_a_dropped_a_repeated_and_a_swapped_record_do_not_open() -> None:
     first, second = seal(sealer, b"first"), seal(sealer, b"second")
     for order, opened in (([second], 0), ([first, first], 1), ([second, first], 0)):
         opener = Opener(KEY)
-        with pytest.raises(PeerMisbehaved):
+        with pytest.raises(Damaged):
             for sealed in order:
                 open_(opener, sealed)
         assert opener.counter == opened
@@ -81,9 +90,9 @@ def test_a_dropped_a_repeated_and_a_swapped_record_do_not_open() -> None:
 
 def test_the_associated_bytes_and_the_key_count() -> None:
     sealed = seal(Sealer(KEY), b"hello", b"a")
-    with pytest.raises(PeerMisbehaved):
+    with pytest.raises(Damaged):
         open_(Opener(KEY), sealed, b"b")
-    with pytest.raises(PeerMisbehaved):
+    with pytest.raises(Damaged):
         open_(Opener(bytes(32)), sealed, b"a")
     assert open_(Opener(KEY), sealed, b"a") == b"hello"
 
@@ -91,7 +100,7 @@ def test_the_associated_bytes_and_the_key_count() -> None:
 def test_one_failure_is_final() -> None:
     sealer, opener = Sealer(KEY), Opener(KEY)
     first = seal(sealer, b"first")
-    with pytest.raises(PeerMisbehaved):
+    with pytest.raises(Damaged):
         open_(opener, b"x" * len(first))
     with pytest.raises(LocalProtocolError, match="nothing more is opened"):
         open_(opener, first)
@@ -105,7 +114,7 @@ def test_a_key_has_a_limit_on_both_sides() -> None:
         assert open_(opener, sealed) == b"x"
     with pytest.raises(LocalProtocolError, match="2 records"):
         seal(sealer, b"x")
-    with pytest.raises(PeerMisbehaved, match="more records"):
+    with pytest.raises(Damaged, match="more records"):
         open_(opener, seal(lax, b"x"))
 
 
@@ -128,3 +137,113 @@ def test_memory_that_is_too_small_and_keys_of_another_size_are_our_own_fault() -
             Sealer(bytes(size))
         with pytest.raises(LocalProtocolError, match="32 bytes"):
             Opener(bytes(size))
+
+
+# Keys change.
+
+
+def test_the_next_key_is_that_of_noise_and_the_numbers_go_on() -> None:
+    sealer, opener = Sealer(KEY), Opener(KEY)
+    key = KEY
+    for number in range(20):
+        if number in (3, 4, 10):
+            key = next_key(key)
+            sealer.rekey()
+            opener.rekey()
+        sealed = seal(sealer, b"record %d" % number, b"type")
+        nonce = bytes(4) + number.to_bytes(8, "big")
+        assert sealed == AESGCM(key).encrypt(nonce, b"record %d" % number, b"type")
+        assert open_(opener, sealed, b"type") == b"record %d" % number
+    assert (sealer.counter, opener.counter) == (20, 20)
+
+
+def test_the_next_key_is_that_of_an_independent_noise_implementation() -> None:
+    cipher = CipherState(NoiseProtocol(b"Noise_NN_25519_AESGCM_SHA256", DefaultNoiseBackend()))
+    cipher.initialize_key(KEY)
+    sealer = Sealer(KEY)
+    for number in range(6):
+        if number % 2:
+            cipher.rekey()
+            sealer.rekey()
+        assert seal(sealer, b"hello", b"a") == cipher.encrypt_with_ad(b"a", b"hello")
+
+
+def test_a_key_knows_what_was_sealed_under_it() -> None:
+    sealer = Sealer(KEY)
+    assert (sealer.counter, sealer.records, sealer.sealed) == (0, 0, 0)
+    seal(sealer, b"hello")
+    seal(sealer, b"")
+    assert (sealer.counter, sealer.records, sealer.sealed) == (2, 2, 21 + 16)
+    sealer.rekey()
+    assert (sealer.counter, sealer.records, sealer.sealed) == (2, 0, 0)
+    seal(sealer, b"x" * 100)
+    assert (sealer.counter, sealer.records, sealer.sealed) == (3, 1, 116)
+
+
+def test_only_the_key_of_the_moment_opens() -> None:
+    for sender, receiver in ((0, 1), (1, 0), (1, 2), (2, 1)):
+        sealer, opener = Sealer(KEY), Opener(KEY)
+        for _ in range(sender):
+            sealer.rekey()
+        for _ in range(receiver):
+            opener.rekey()
+        with pytest.raises(Damaged, match="altered"):
+            open_(opener, seal(sealer, b"hello"))
+    sealer, opener = Sealer(KEY), Opener(KEY)
+    old = seal(sealer, b"hello")
+    assert open_(opener, old) == b"hello"
+    opener.rekey()
+    with pytest.raises(Damaged, match="altered"):
+        open_(opener, old)
+
+
+def test_the_limit_is_each_keys_own() -> None:
+    sealer, lax, opener = Sealer(KEY, limit=2), Sealer(KEY), Opener(KEY, limit=2)
+    for _ in range(3):
+        for _ in range(2):
+            assert seal(sealer, b"x") == (sealed := seal(lax, b"x"))
+            assert open_(opener, sealed) == b"x"
+        with pytest.raises(LocalProtocolError, match="2 records"):
+            seal(sealer, b"x")
+        for machine in (sealer, lax, opener):
+            machine.rekey()
+    for _ in range(2):
+        open_(opener, seal(lax, b"x"))
+    with pytest.raises(Damaged, match="more records"):
+        open_(opener, seal(lax, b"x"))
+
+
+def test_a_failure_is_final_under_the_next_key_too() -> None:
+    sealer, opener = Sealer(KEY), Opener(KEY)
+    with pytest.raises(Damaged):
+        open_(opener, bytes(21))
+    opener.rekey()
+    sealer.rekey()
+    with pytest.raises(LocalProtocolError, match="nothing more is opened"):
+        open_(opener, seal(sealer, b"hello"))
+
+
+def test_the_number_that_makes_keys_seals_nothing() -> None:
+    """Whatever the limit: or a record would tell the next key."""
+    sealer, opener = Sealer(KEY, limit=1 << 65), Opener(KEY, limit=1 << 65)
+    sealer._counter = opener._counter = LAST - 1
+    last = seal(sealer, b"the last")
+    assert last == AESGCM(KEY).encrypt(bytes(4) + b"\xff" * 7 + b"\xfe", b"the last", None)
+    assert open_(opener, last) == b"the last"
+    for _ in range(2):
+        with pytest.raises(LocalProtocolError, match="no more"):
+            seal(sealer, bytes(32))
+        sealer.rekey()  # the numbers are used up, whatever the key
+    forged = AESGCM(KEY).encrypt(bytes(4) + LAST.to_bytes(8, "big"), bytes(32), None)
+    with pytest.raises(Damaged, match="more records"):
+        open_(opener, forged)
+
+
+def test_damage_is_told_from_misbehaviour() -> None:
+    """Nobody but who holds the key can make a record; so one that does not open says nothing about who does."""
+    assert issubclass(Damaged, PeerMisbehaved)
+    sealed = seal(Sealer(KEY), b"hello")
+    for damaged in (b"", sealed[:15], sealed[:-1], sealed + b"\0", bytes(21)):
+        with pytest.raises(PeerMisbehaved) as caught:
+            open_(Opener(KEY), damaged)
+        assert caught.type is Damaged

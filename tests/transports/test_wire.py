@@ -3,73 +3,180 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
+from splitsec.transports.errors import Damaged, LocalProtocolError, PeerMisbehaved
 from splitsec.transports.limits import CHUNK_MAX, FRAME_MAX, PAYLOAD_MAX
 from splitsec.transports.wire import (
+    NO_RUN,
+    READY_SIZE,
     ChunkHeader,
+    CloseCode,
+    FrameType,
     Kind,
+    Ready,
     pack_chunk_header,
     pack_forward_prefix,
+    pack_ready,
     payload_size_of,
     unpack_chunk_header,
     unpack_forward_prefix,
+    unpack_ready,
 )
 
-CHUNK = ChunkHeader(Kind.CHUNK, lane=0x0102, header_size=0x03040506, value=0x0708090A0B0C0D0E, payload_size=5, number=6)
-CHUNK_BYTES = bytes.fromhex("02 00 0102 03040506 0708090a0b0c0d0e 00000005 00000006")
+CHUNK = ChunkHeader(
+    Kind.CHUNK,
+    lane=0x0102,
+    header_size=0x03040506,
+    value=0x0708090A0B0C0D0E,
+    payload_size=5,
+    number=6,
+    received=0x1112131415161718,
+)
+CHUNK_BYTES = bytes.fromhex("02 00 0102 03040506 0708090a0b0c0d0e 00000005 00000006 1112131415161718")
+
+# kind: its number, and the places of the fields that it may use besides `received`, the last eight bytes
+KINDS = {
+    Kind.READY: (1, [*range(8, 20)]),
+    Kind.CHUNK: (2, [*range(2, 24)]),
+    Kind.FORWARD: (3, [*range(16, 20)]),
+    Kind.PING: (4, [*range(8, 16)]),
+    Kind.PONG: (5, [*range(8, 16)]),
+    Kind.GRANT: (6, [*range(8, 16)]),
+    Kind.CLOSE: (7, [*range(20, 24)]),
+    Kind.REKEY: (8, []),
+}
 
 
-def test_a_chunk_header_has_24_bytes_in_this_order() -> None:
+def test_a_chunk_header_has_32_bytes_in_this_order() -> None:
     assert pack_chunk_header(CHUNK) == CHUNK_BYTES
     assert unpack_chunk_header(CHUNK_BYTES) == CHUNK
+
+
+def test_the_numbers_on_the_wire_are_these() -> None:
+    assert {kind: int(kind) for kind in Kind} == {kind: number for kind, (number, _) in KINDS.items()}
+    assert {code.name: int(code) for code in CloseCode} == {
+        "NORMAL": 0,
+        "ERROR": 1,
+        "MISBEHAVED": 2,
+        "LOST": 3,
+        "STOPPED": 4,
+        "RESTARTED": 5,
+        "CROSSED": 6,
+        "DAMAGED": 7,
+    }
+    assert {kind.name: int(kind) for kind in FrameType} == {
+        "HELLO": 0x53,
+        "ACCEPT": 1,
+        "REFUSE": 2,
+        "SEALED": 3,
+        "UNKNOWN": 4,
+    }
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        ChunkHeader(Kind.READY, value=1 << 40),
+        ChunkHeader(Kind.READY, value=1 << 40, payload_size=32),
         ChunkHeader(Kind.FORWARD, payload_size=PAYLOAD_MAX),
         ChunkHeader(Kind.PING, value=7),
         ChunkHeader(Kind.PONG, value=(1 << 64) - 1),
         ChunkHeader(Kind.GRANT, value=5),
         ChunkHeader(Kind.CLOSE, number=2),
+        ChunkHeader(Kind.REKEY),
+        CHUNK,
     ],
 )
-def test_every_kind_survives_and_uses_its_own_fields_only(header: ChunkHeader) -> None:
+@pytest.mark.parametrize("received", [0, 1, (1 << 64) - 1])
+def test_every_kind_survives_and_uses_its_own_fields_only(header: ChunkHeader, received: int) -> None:
+    header = header._replace(received=received)
     packed = pack_chunk_header(header)
+    number, used = KINDS[header.kind]
     assert unpack_chunk_header(packed) == header
-    assert packed[0] == {"READY": 1, "FORWARD": 3, "PING": 4, "PONG": 5, "GRANT": 6, "CLOSE": 7}[header.kind.name]
-    for place in range(1, 24):
+    assert packed[0] == number
+    assert packed[24:] == received.to_bytes(8, "big")
+    for place in {*range(1, 24)} - {*used}:
         strange = bytearray(packed)
         strange[place] = 1
-        used = {"READY": range(8, 16), "FORWARD": range(16, 20), "CLOSE": range(20, 24)}
-        if place in used.get(header.kind.name, range(8, 16)):
-            continue
-        with pytest.raises(PeerMisbehaved, match="fields"):
+        with pytest.raises(PeerMisbehaved, match="fields") as caught:
             unpack_chunk_header(strange)
+        assert caught.type is PeerMisbehaved
 
 
-@pytest.mark.parametrize("kind", [0, 8, 255])
+@pytest.mark.parametrize("kind", [0, 9, 255])
 def test_unknown_kinds_are_refused(kind: int) -> None:
-    with pytest.raises(PeerMisbehaved, match=f"unknown kind {kind}"):
+    with pytest.raises(PeerMisbehaved, match=f"unknown kind {kind}") as caught:
         unpack_chunk_header(bytes([kind]) + CHUNK_BYTES[1:])
+    assert caught.type is PeerMisbehaved
 
 
 def test_a_payload_longer_than_the_longest_is_refused() -> None:
-    for kind in (Kind.CHUNK, Kind.FORWARD):
-        with pytest.raises(PeerMisbehaved, match="claims"):
+    for kind in (Kind.CHUNK, Kind.FORWARD, Kind.READY):
+        assert unpack_chunk_header(pack_chunk_header(ChunkHeader(kind, payload_size=PAYLOAD_MAX)))
+        with pytest.raises(PeerMisbehaved, match="claims") as caught:
             unpack_chunk_header(pack_chunk_header(ChunkHeader(kind, payload_size=PAYLOAD_MAX + 1)))
+        assert caught.type is PeerMisbehaved
 
 
-def test_frames_are_57_bytes_longer_than_their_payload() -> None:
-    assert payload_size_of(41) == 0
-    assert payload_size_of(58) == 1
-    assert payload_size_of(57 + CHUNK_MAX) == CHUNK_MAX
-    assert payload_size_of(FRAME_MAX) == PAYLOAD_MAX == 40 + 57 + CHUNK_MAX
-    for size in (0, 1, 40, 42, 56, 57, FRAME_MAX + 1):
-        with pytest.raises(PeerMisbehaved, match=f"{size} bytes"):
+@given(
+    st.one_of(
+        st.binary(min_size=32, max_size=32),
+        st.tuples(st.integers(0, 9), st.lists(st.sampled_from([0, 0, 0, 0, 1, 0x0F]), min_size=31, max_size=31)).map(
+            lambda drawn: bytes([drawn[0], *drawn[1]])
+        ),
+        st.tuples(st.integers(0, 9), st.integers(1, 31), st.integers(0, 255)).map(
+            lambda drawn: bytes([drawn[0], *(drawn[2] if place == drawn[1] else 0 for place in range(1, 32))])
+        ),
+    )
+)
+def test_whatever_is_accepted_is_the_one_way_to_say_it(data: bytes) -> None:
+    """And nothing but PeerMisbehaved is raised for the rest."""
+    try:
+        header = unpack_chunk_header(data)
+    except PeerMisbehaved:
+        return
+    assert pack_chunk_header(header) == data
+    assert header.payload_size <= PAYLOAD_MAX
+    assert all(data[place] == 0 for place in range(1, 24) if place not in KINDS[header.kind][1])
+
+
+def test_frames_are_65_bytes_longer_than_their_payload() -> None:
+    assert payload_size_of(49) == 0
+    assert payload_size_of(66) == 1
+    assert payload_size_of(65 + CHUNK_MAX) == CHUNK_MAX
+    assert payload_size_of(FRAME_MAX) == PAYLOAD_MAX == 40 + 65 + CHUNK_MAX
+    for size in (0, 1, 48, *range(50, 66), FRAME_MAX + 1):
+        with pytest.raises(Damaged, match=f" {size} bytes"):
             payload_size_of(size)
+
+
+def test_ready_is_two_runs_and_two_counts() -> None:
+    run, known = bytes(range(16)), bytes(range(100, 116))
+    header, payload = pack_ready(Ready(run, known, received=0x0102030405060708, granted=0x1112131415161718))
+    assert payload == run + known
+    assert pack_chunk_header(header) == bytes.fromhex(
+        "01 00 0000 00000000 1112131415161718 00000020 00000000 0102030405060708"
+    )
+    assert unpack_ready(header, memoryview(payload)) == Ready(run, known, 0x0102030405060708, 0x1112131415161718)
+    assert READY_SIZE == 32
+    assert bytes(16) == NO_RUN
+
+
+@pytest.mark.parametrize(("claimed", "size"), [(0, 0), (31, 31), (33, 33), (16, 16), (32, 31), (0, 32), (64, 32)])
+def test_a_ready_of_another_size_is_refused(claimed: int, size: int) -> None:
+    header, payload = pack_ready(Ready(b"r" * 16, NO_RUN, 1, 2))
+    with pytest.raises(PeerMisbehaved, match=f"{claimed} bytes of payload, not 32") as caught:
+        unpack_ready(header._replace(payload_size=claimed), (payload + bytes(40))[:size])
+    assert caught.type is PeerMisbehaved
+
+
+def test_what_a_ready_says_does_not_change_with_the_memory_it_came_in() -> None:
+    header, payload = pack_ready(Ready(b"r" * 16, b"k" * 16, 1, 2))
+    memory = bytearray(payload)
+    ready = unpack_ready(header, memoryview(memory))
+    memory[:] = bytes(32)
+    assert (ready.run, ready.known) == (b"r" * 16, b"k" * 16)
 
 
 def test_a_forward_prefix_is_key_and_number() -> None:

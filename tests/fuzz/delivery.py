@@ -1,0 +1,441 @@
+"""Target: two honest ends, and everything that a wire may do to what they say.
+
+Here: a small interpreter.  Bytes become a story of two channels over one session after another: messages are sent and
+taken, frames lost, repeated, swapped, changed and replayed from earlier sessions, connections break and are dialled
+anew from either side or from both at once, time passes, keys change.  It drives channels in the order that ``iothread``
+does.  Not here: a peer that holds the keys and lies (``hostile``).
+
+The properties.  Each lane's messages arrive in order, unchanged, each once, at any moment; and stay unchanged as long as
+somebody looks at them.  Nobody honest is blamed: whatever the wire does is Damaged, and ends one session, never more.
+No more memory is held than the lanes allow.  Once the wire is good, everything arrives, is acknowledged, and both sides
+part with a goodbye.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Final, final
+
+from splitsec.transports import channel as channels
+from splitsec.transports.channel import Channel, Forwarded, Message, Outgoing, Relay
+from splitsec.transports.channel import Event as ChannelEvent
+from splitsec.transports.errors import Damaged, LocalProtocolError, Lost, PeerMisbehaved, Refused
+from splitsec.transports.limits import ACK_SECONDS, CHUNK_MAX, GATHER_MAX, PAYLOAD_MAX, REKEY_BYTES, RUN_SIZE, SPARE_BLOCKS
+from splitsec.transports.session import Ended, Opened, Session, State
+from splitsec.transports.testing import FakeClock, lend
+from splitsec.transports.wire import CloseCode, Ready, pack_forward_prefix
+from tests.fuzz.script import Script, mutated
+from tests.fuzz.standin import KEYS, Desk, scaled
+
+SMALL_LANES: Final = {0: 0, 1: 600, 2: 60, 65535: 300}  # lane: bytes of its largest body
+LARGE_LANES: Final = {1: 3 * CHUNK_MAX, 2: 100_000}
+SMALL_WINDOWS: Final = (1024, 256, 4096)
+LARGE_WINDOW: Final = 4 * CHUNK_MAX
+LARGE_SIZES: Final = (0, 1, 1000, 90_000, GATHER_MAX - 1, GATHER_MAX, CHUNK_MAX, CHUNK_MAX + 1, 2 * CHUNK_MAX + 5)
+PAUSES: Final = (0.01, ACK_SECONDS, 0.3, 1.0, 5.0, 11.0, 25.0, 130.0)  # seconds
+STEPS: Final = 250
+LARGE_STEPS: Final = 40
+LINES: Final = 3  # that a story remembers
+PATTERN: Final = random.Random(1).randbytes(4 * CHUNK_MAX)
+PATIENCE: Final = 30  # rounds in which nothing happens
+SIDES: Final = (0, 1)
+
+_LARGE: Final = 14  # one story in sixteen has chunks as large as they are
+_REAL: Final = 15  # and one has Noise's own handshakes, the first four
+
+# Mode, window; then steps: a turn of honest ends (3), send (0: end, lane, header, pieces), dial (8) and so on, as below.
+_MEET: Final = bytes([3, 0, 3, 1]) * 3
+_SAY: Final = bytes([0, 0, 1, 3, 1, 40])
+SEEDS: Final = (
+    b"\0\0" + _SAY * 4,
+    b"\0\0" + _MEET + (_SAY + bytes([3, 0])) * 4 + bytes([3, 1, 8, 0]) + _MEET,
+    b"\0\0" + _MEET + bytes([0, 0, 1, 3, 2, 200, 90, 0, 1, 2, 3, 1, 50, 3, 0, 3, 1]) * 3 + b"\x08\1",
+    b"\x10\0" + _MEET + bytes([0, 0, 1, 3, 1, 250, 3, 0, 11, 0, 3, 1]) * 6,
+    b"\x0f\0" + _MEET + _SAY * 2 + bytes([3, 0, 8, 1]) + _MEET,
+    b"\x0e\0" + _MEET + bytes([0, 0, 0, 3, 1, 8, 3, 0, 3, 1]) * 2 + bytes([8, 0]),
+    b"\0\0" + bytes([8, 0, 8, 1]) * 4 + bytes([3, 0, 3, 1, 9, 2]) * 4,
+    b"\0\0" + _MEET + bytes([13, 0, 9, 3, 0, 13, 1, 3, 3, 1]) * 4,
+    b"\0\1" + _MEET + (_SAY + bytes([2, 0, 3])) * 6 + bytes([4, 0, 5, 0, 4, 0, 9, 1, 10, 1, 3, 8, 1]) + _MEET,
+)
+
+
+def delivery(data: bytes) -> None:
+    """One story, told to its good end."""
+    script = Script(data)
+    mode = script.byte()
+    small = mode % 16 != _LARGE
+    with scaled(small):
+        _Story(script, mode, small).tell()
+
+
+class Standing(enum.Enum):
+    """What a line is to one of its ends."""
+
+    KNOWN = enum.auto()
+    OVER = enum.auto()  # only a goodbye may leave
+    DROPPED = enum.auto()
+
+
+@final
+class Line:
+    """One connection: a session at each end, and frames under way, by the end that they come from."""
+
+    def __init__(self, sessions: tuple[Session, Session]) -> None:
+        self.sessions = sessions
+        self.standing = [Standing.KNOWN, Standing.KNOWN]
+        self.queues: tuple[deque[bytes], deque[bytes]] = (deque(), deque())
+
+
+@final
+class End:
+    """One side: its channel, the line that it dials or that carries it, and what it has got so far."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        self.number = number
+        self.channel = channel
+        self.line: Line | None = None
+        self.is_open = False
+        self.got: defaultdict[int, int] = defaultdict(int)  # messages by lane
+        self.held: deque[tuple[Message, bytes]] = deque()  # not taken yet, and what they must hold
+        self.released = 0
+        self.forwards: deque[bytes] = deque()
+        self.relay = Relay(lambda: self.forwards.popleft() if self.forwards else None)
+        self.heard_forward = -1
+        self.said_goodbye = False
+
+
+@final
+class _Story:
+    def __init__(self, script: Script, mode: int, small: bool) -> None:
+        self.script = script
+        self.small = small
+        self.real = mode % 16 == _REAL
+        self.rekey_bytes = 300 if mode & 16 else REKEY_BYTES
+        self.clock = FakeClock()
+        self.desk = Desk()
+        self.lanes = SMALL_LANES if small else LARGE_LANES
+        self.window = script.choose(SMALL_WINDOWS) if small else LARGE_WINDOW
+        self.ends = tuple(
+            End(
+                end,
+                Channel(
+                    self.lanes,
+                    run=bytes([end + 1]) * RUN_SIZE,
+                    forwards=True,
+                    window=self.window,
+                    now=self.clock.now,
+                ),
+            )
+            for end in SIDES
+        )
+        self.sent: tuple[defaultdict[int, list[tuple[bytes, bytes]]], ...] = tuple(defaultdict(list) for _ in SIDES)
+        self.sent_bytes = [0, 0]
+        self.sent_forwards: tuple[list[bytes], list[bytes]] = ([], [])
+        self.lines: list[Line] = []
+        self.history: deque[bytes] = deque(maxlen=64)
+        self.tampered = False
+
+    def tell(self) -> None:
+        self.dial(0)
+        for _ in range(STEPS if self.small else LARGE_STEPS):
+            if not self.script:
+                break
+            self.step()
+        self.finish()
+
+    # --- what may happen ----------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        script = self.script
+        what = script.below(16)
+        end = script.below(2)
+        me = self.ends[end]
+        line = self.lines[-1 - script.below(len(self.lines))] if what & 1 and len(self.lines) > 1 else self.lines[-1]
+        queue = line.queues[end]
+        match what:
+            case 0 | 1:
+                self.send(end)
+            case 2:
+                for _ in range(1 + script.below(4)):
+                    self.collect(end, line)
+            case 3:  # an honest turn
+                self.collect(end, line)
+                while queue:
+                    self.deliver(end, line, queue.popleft())
+            case 4 if queue:
+                self.deliver(end, line, queue.popleft())
+            case 5 if queue:
+                queue.popleft()
+            case 6 if queue:
+                self.tampered = True
+                frame = mutated(script, queue[0], queue[-1])
+                if script.flag():
+                    queue[0] = frame
+                else:
+                    self.deliver(end, line, frame)
+            case 7 if queue:
+                queue.append(queue.popleft()) if script.flag() else queue.insert(1, queue[0])
+            case 8:
+                self.dial(end)
+            case 9:
+                self.pass_time(script.choose(PAUSES))
+            case 10:
+                self.take(end, 1 + script.below(8))
+            case 11:
+                session = line.sessions[end]
+                session._rekey = session.is_open
+            case 12 if self.history:
+                self.tampered = True
+                self.deliver(end, line, self.history[script.below(len(self.history))])
+            case 13:
+                if len(me.forwards) < 20:
+                    number = len(self.sent_forwards[end])
+                    payload = pack_forward_prefix(KEYS[end], number) + (script.take(script.below(30)) or b"f")
+                    self.sent_forwards[end].append(payload)
+                    me.forwards.append(payload)
+                    me.channel.forward(me.relay)
+            case 14:  # one side finds its connection broken
+                if me.line is not None:
+                    gone = me.line
+                    self.over(end, gone)
+                    gone.standing[end] = Standing.DROPPED
+            case 15:
+                self.tampered = True
+                self.deliver(end, line, script.take(script.below(100)))
+        self.check(me)
+
+    def send(self, end: int) -> None:
+        script = self.script
+        lane = script.choose([*self.lanes])
+        limit = self.lanes[lane]
+        header = PATTERN[: script.below(40)]
+        pieces = []
+        for _ in range(script.below(4)):
+            size = script.byte() if self.small else script.choose(LARGE_SIZES)
+            start = 7 * script.byte()
+            piece = PATTERN[start : start + min(size, limit)]
+            limit -= len(piece)
+            pieces.append(piece)
+        body = b"".join(pieces)
+        self.sent[end][lane].append((header, body))
+        self.sent_bytes[end] += len(header) + len(body)
+        self.ends[end].channel.send(Outgoing(lane, header, pieces))
+
+    def dial(self, end: int) -> None:
+        """As ``iothread`` does once its line is gone; on the other side the old one may live on for a while."""
+        me = self.ends[end]
+        if me.line is not None:
+            gone = me.line
+            self.over(end, gone)
+            gone.standing[end] = Standing.DROPPED
+        initiator, responder = self.desk.introduced(end, self.real and len(self.desk.hellos) < 4)
+        arguments = {"now": self.clock.now, "lost_after": 20.0, "rekey_bytes": self.rekey_bytes}
+        dials = Session(initiator, greet=lambda peer, theirs: me.channel.ready(), **arguments)  # type: ignore[arg-type]
+        listens = Session(
+            responder,
+            greet=lambda peer, theirs: self.greet(1 - end, theirs),
+            **arguments,  # type: ignore[arg-type]
+        )
+        line = Line((dials, listens) if end == 0 else (listens, dials))
+        me.line = line
+        me.is_open = False
+        self.lines.append(line)
+        del self.lines[:-LINES]
+
+    def greet(self, end: int, theirs: Ready | None) -> Ready | CloseCode:
+        """The other side has dialled, and proved its key: from here on that session counts."""
+        me = self.ends[end]
+        assert theirs is not None
+        if me.line is not None and me.line.sessions[end].state is State.CONFIRMING and end == 0:
+            return CloseCode.CROSSED
+        assert me.channel.fits(theirs), "an honest peer is taken for another"
+        if me.line is not None:
+            me.line.standing[end] = Standing.DROPPED
+        me.line = None
+        me.is_open = False
+        me.channel.detach()
+        return me.channel.ready()
+
+    def collect(self, end: int, line: Line) -> bool:
+        """One frame of what an end has to say on this line."""
+        if line.standing[end] is Standing.DROPPED:
+            return False
+        frame = self.machine(end, line).next_frame(lend)
+        if frame is None:
+            return False
+        line.queues[end].append(bytes(frame))
+        self.history.append(bytes(frame))
+        return True
+
+    def deliver(self, end: int, line: Line, frame: bytes) -> None:
+        """Give one frame to the other side of ``line``."""
+        end = 1 - end
+        if line.standing[end] is Standing.DROPPED:
+            return
+        session = line.sessions[end]
+        failed = session.state is State.FAILED
+        try:
+            events = self.machine(end, line).receive(memoryview(frame), self.clock.now)
+        except Damaged:
+            assert not failed
+            assert self.tampered or not frame or line.standing[end] is Standing.KNOWN
+            assert session.state is State.FAILED
+            self.over(end, line)
+        except LocalProtocolError:
+            assert failed, "a fault of ours"
+        except PeerMisbehaved as error:
+            assert line.standing[end] is Standing.OVER, f"an honest peer is blamed: {error}"
+        else:
+            self.happened(end, line, [*events])
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        for line in [*self.lines]:
+            for end in SIDES:
+                if line.standing[end] is not Standing.DROPPED:
+                    self.happened(end, line, [*self.machine(end, line).tick(self.clock.now)])
+
+    def take(self, end: int, count: int) -> None:
+        """The application takes messages, which nothing may have touched since they came."""
+        me = self.ends[end]
+        size = 0
+        for _ in range(min(count, len(me.held))):
+            message, body = me.held.popleft()
+            assert message.body == body, "a message changed while somebody looked at it"
+            size += len(message.header) + len(body)
+        me.channel.taken(size)
+
+    # --- what the ends do about it ------------------------------------------------------------------------------------
+
+    def machine(self, end: int, line: Line) -> Channel | Session:
+        me = self.ends[end]
+        return me.channel if me.line is line and me.is_open else line.sessions[end]
+
+    def happened(self, end: int, line: Line, events: list[ChannelEvent]) -> None:
+        me = self.ends[end]
+        for event in events:
+            match event:
+                case Message():
+                    self.arrived(me, event)
+                case Forwarded():
+                    assert event.key == KEYS[1 - end]
+                    assert event.connection > me.heard_forward, "a forwarded frame twice"
+                    me.heard_forward = event.connection
+                    assert event.payload == self.sent_forwards[1 - end][event.connection]
+                case Opened(_, ready):
+                    me.line = line
+                    me.is_open = True
+                    me.channel.carry(line.sessions[end])
+                    me.channel.opened(ready)
+                case Ended(error, code) if line.standing[end] is Standing.KNOWN:
+                    if error is None:
+                        assert code is CloseCode.NORMAL
+                        assert me.channel.leaving is CloseCode.NORMAL
+                        me.said_goodbye = True
+                    else:
+                        assert isinstance(error, Lost) or (isinstance(error, Refused) and self.tampered), repr(error)
+                    self.over(end, line)
+
+    def arrived(self, me: End, message: Message) -> None:
+        due = self.sent[1 - me.number][message.lane]
+        number = me.got[message.lane]
+        assert number < len(due), "a message that nobody sent"
+        header, body = due[number]
+        assert message.header == header, "another header than the next one's"
+        assert message.body == body, "another body than the next one's"
+        me.got[message.lane] += 1
+        me.held.append((message, body))
+
+    def over(self, end: int, line: Line) -> None:
+        me = self.ends[end]
+        if line.standing[end] is Standing.KNOWN:
+            line.standing[end] = Standing.OVER
+        if me.line is line:
+            me.line = None
+            me.is_open = False
+            me.channel.detach()
+
+    def check(self, me: End) -> None:
+        channel = me.channel
+        expect_bounded(channel, self.lanes)
+        assert channel.queued >= 0
+        held = sum(len(message.header) + len(body) for message, body in me.held)
+        assert held == channel._held
+        me.released += channel.released
+        channel.released = 0
+        assert me.released <= self.sent_bytes[me.number]
+
+    # --- a good end ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The wire is good from now on."""
+        script = self.script
+        for me in self.ends:
+            if me.line is not None:
+                self.over(me.number, me.line)
+        self.lines.clear()
+        self.dial(script.below(2))
+        line = self.lines[-1]
+        quiet = 0
+        while not self.is_done():
+            moved = False
+            for end in SIDES:
+                for _ in range(1 + script.below(8)):
+                    moved |= self.collect(end, line)
+                if script.flag():
+                    self.take(end, len(self.ends[end].held))
+                while line.queues[end]:
+                    self.deliver(end, line, line.queues[end].popleft())
+            if moved:
+                quiet = 0
+                continue
+            quiet += 1
+            assert quiet < PATIENCE, f"it stalls: {self.where()}"
+            for end in SIDES:
+                self.take(end, len(self.ends[end].held))
+            self.pass_time(ACK_SECONDS)
+        for me in self.ends:
+            self.take(me.number, len(me.held))
+            self.check(me)
+            assert me.channel.queued == 0
+            assert me.released == self.sent_bytes[me.number]
+            me.channel.leave(CloseCode.NORMAL)
+        for _ in range(PATIENCE):
+            for end in SIDES:
+                while self.collect(end, line):
+                    pass
+                while line.queues[end]:
+                    self.deliver(end, line, line.queues[end].popleft())
+        assert all(me.said_goodbye for me in self.ends), "no goodbye"
+
+    def is_done(self) -> bool:
+        """All that was sent is there, and known to be."""
+        return all(me.is_open for me in self.ends) and all(
+            not me.channel.queued and not me.channel.unacknowledged for me in self.ends
+        )
+
+    def where(self) -> list[tuple[str, int, int]]:
+        return [
+            (str(self.lines[-1].sessions[me.number].state), me.channel.queued, me.channel.unacknowledged)
+            for me in self.ends
+        ]
+
+
+def expect_bounded(channel: Channel, lanes: Mapping[int, int]) -> None:
+    """What ``channel`` holds for messages on their way is no more than its lanes allow, whatever a header claims."""
+    for lane, incoming in channel._incoming.items():
+        assert len(incoming.view) <= _most(lanes[lane]), "more memory than the lane allows"
+    for lane, blocks in channel._blocks.items():
+        assert len(blocks._blocks) <= SPARE_BLOCKS
+        for block in blocks._blocks:
+            assert len(block) <= _most(lanes[lane]), "more memory than the lane allows"
+    assert len(channel._forwarded) <= PAYLOAD_MAX
+    assert len(channel._unacked) + len(channel._again) <= 2 * channels.UNACKED_CHUNKS
+
+
+def _most(limit: int) -> int:
+    """Bytes of a lane's largest message, as it lies in memory."""
+    return 64 + channels.HEADER_MAX + limit
