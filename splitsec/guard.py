@@ -96,8 +96,8 @@ class Guard:
         self.on_interrupted: Callable[[str, str, float], None] = lambda party, why, seconds: None
         """``(party, why, seconds)``: its connection broke, and is tried again for so long."""
         self.on_resumed: Callable[[str], None] = lambda party: None
-        self.on_closed: Callable[[str, int], None] = lambda party, code: None
-        """``(party, code)``: its channel is over, with this ``CloseCode``."""
+        self.on_closed: Callable[[str, str], None] = lambda party, how: None
+        """``(party, how)``: its channel is over, with the ``CloseCode`` of this name."""
         self.on_passed: Callable[[Passed], None] | None = None
         """Told of every message, for whoever traces."""
         self._waited = 0.0
@@ -231,7 +231,7 @@ class Guard:
             case Resumed():
                 self.on_resumed(party)
             case Closed(error=error, code=code) if party not in self._gone:
-                self.on_closed(party, code)
+                self.on_closed(party, code.name.lower())
                 self._close_event(party, error, code)
 
     def open_all(self, parties: Iterable[str]) -> None:

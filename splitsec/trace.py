@@ -39,8 +39,6 @@ SUFFIX: Final = ".trace.jsonl"
 KINDS: Final = ("activation", "gradient", "labels", "taken", "weights", "order", "control", "exchange")
 """Kinds of messages, as ``plan`` has them."""
 CONNECTION: Final = ("opened", "interrupted", "resumed", "closed")
-ENDS: Final = ("normal", "error", "misbehaved", "lost", "stopped", "restarted")
-"""How a connection or a run is over: the close codes of the wire."""
 
 HEAD: Final = b'{"trace":'
 """What the first line of every run begins with, and no other."""
@@ -112,9 +110,9 @@ class Trace:
             self._connection("resumed", party)
             resumed(party)
 
-        def on_closed(party: str, code: int) -> None:
-            self._connection("closed", party, how=ENDS[code] if 0 <= code < len(ENDS) else "error")
-            closed(party, code)
+        def on_closed(party: str, how: str) -> None:
+            self._connection("closed", party, how=how)
+            closed(party, how)
 
         guard.on_opened, guard.on_interrupted = on_opened, on_interrupted
         guard.on_resumed, guard.on_closed = on_resumed, on_closed
@@ -452,11 +450,11 @@ def _unreadable(file: Path, error: OSError) -> UserError:
 def _parsed(begun: Begun, line: dict[str, Any]) -> Entry | None:
     """None for whatever is not as we write it: it came from a file, and goes to a terminal."""
     match line:
-        case {"t": t, "event": "over", "how": str(how)} if _is_time(t) and how in ENDS:
+        case {"t": t, "event": "over", "how": str(how)} if _is_time(t) and _is_word(how):
             return Entry(begun, t, "over", how=how, line=line)
         case {"t": t, "event": str(event), "peer": str(peer)} if event in CONNECTION and _is_time(t) and _is_word(peer):
             how, patience = line.get("how", ""), line.get("seconds", 0.0)
-            if how not in ("", *ENDS) or not _is_time(patience):
+            if not _is_word(how) or not _is_time(patience):
                 return None
             return Entry(begun, t, event, peer, how=how, patience=patience, line=line)
         case {

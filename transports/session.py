@@ -208,6 +208,7 @@ class Session:
         self._ping_at = now + lost_after / 4
         self._again_at = now + HELLO_RETRY_SECONDS if isinstance(handshake, Initiator) else None
         self._goodbye = False
+        self._met = False  # both have said READY
         self._greet = greet
         self._greeting: tuple[ChunkHeader, bytes] | None = None  # our READY, to be sent
         self._rekey_bytes = rekey_bytes
@@ -327,6 +328,7 @@ class Session:
         self.handshake_hash = established.handshake_hash
         self._sealer = Sealer(established.send_key)
         self._opener = Opener(established.receive_key)
+        self._again_at = None
         self._hear(now)
 
     def _hear(self, now: float) -> None:
@@ -346,9 +348,10 @@ class Session:
         self._hear(now)
         if kind is Kind.READY:
             return self._receive_ready(header, frame)
-        if self._state in (State.ANSWERED, State.CONFIRMING) and kind is not Kind.CLOSE:
-            raise PeerMisbehaved(f"a {kind.name} frame before READY")
-        if inbox is not None:
+        if not self._met:
+            if kind is not Kind.CLOSE:
+                raise PeerMisbehaved(f"a {kind.name} frame before READY")
+        elif inbox is not None:
             inbox.acknowledged(header.received)
         if kind is not Kind.CHUNK and kind is not Kind.FORWARD:
             return self._receive_control(header, inbox)
@@ -372,6 +375,7 @@ class Session:
         self._move(Act.READY)
         if answers and (ended := self._answer_ready(self.peer, ready)):
             return ended
+        self._met = True
         return [Opened(self.peer, ready)]
 
     def _answer_ready(self, peer: bytes, theirs: Ready | None) -> list[Event]:

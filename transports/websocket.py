@@ -28,6 +28,7 @@ from splitsec.transports.base import NO_OPTIONS, AddressError, Event, Port, Tran
 from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
 from splitsec.transports.limits import FRAME_MAX
 from splitsec.transports.sockets import (
+    _NO_SIGNAL,
     SocketTransport,
     _DialingPort,
     _discard,
@@ -57,8 +58,8 @@ OPENING_SECONDS: Final = 10.0
 """Seconds from a connection to the end of the handshakes on it: a proxy's, TLS and HTTP."""
 
 TLS_HANDSHAKES_PER_SECOND: Final = 50.0
-"""Connections that a listener takes per second in the long run.  TLS costs it 0.4 ms (ECDSA) to 0.7 ms (RSA, 2048 bits),
-so strangers get 3 % of a core; further connections wait in the kernel."""
+"""Connections that a listener takes per second in the long run.  TLS costs it 0.4 ms (ECDSA) to 0.7 ms (RSA with 2048
+bits), so strangers get 3 % of a core; further connections wait in the kernel."""
 
 TLS_HANDSHAKES_BURST: Final = 100.0
 """Connections that a listener takes at once after a quiet time: all parties of a large graph that start together."""
@@ -223,7 +224,7 @@ class _WebPort(_SocketPort):
             return False
         try:
             while control:
-                del control[: link.socket.send(control)]
+                del control[: link.socket.send(control, _NO_SIGNAL)]
         except BlockingIOError:
             pass
         except OSError:
@@ -244,7 +245,7 @@ class _WebPort(_SocketPort):
         """Tell whoever is turned away.  (A socket that is closed with something unread in it would take that back.)"""
         if link.stream.control and not link.deaf:
             with contextlib.suppress(OSError):
-                link.socket.send(link.stream.control)
+                link.socket.send(link.stream.control, _NO_SIGNAL)
                 link.socket.shutdown(socket.SHUT_WR)
             _discard(link.socket)
         return super()._lost(link)
@@ -255,7 +256,7 @@ class _WebPort(_SocketPort):
         stream = _stream(link)
         stream.leave()
         with contextlib.suppress(OSError):
-            link.socket.send(stream.control)
+            link.socket.send(stream.control, _NO_SIGNAL)
 
 
 @final
@@ -346,7 +347,7 @@ def _loopback(host: str) -> str:
 
 
 def _place(address: str, verb: str) -> _Place:
-    """What ``address`` says.  ``ws`` is for loopback alone: without TLS, it passes no firewall that ``tcp`` does not."""
+    """What ``address`` says.  ``ws`` is for loopback alone: elsewhere, without TLS, ``tcp`` would do as well."""
     found = _ADDRESS.fullmatch(address)
     port = 443 if address.startswith("wss") else 80
     if found is not None and found[3] is not None:

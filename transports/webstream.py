@@ -48,6 +48,7 @@ it."""
 CONTROL_MAX: Final = 256 << 10
 """Bytes that wait to be sent beside a frame: a peer that asks and asks, and takes no answer, is no peer."""
 
+_HEAD_END: Final = b"\r\n\r\n"
 _SLICE: Final = 64 << 10  # bytes encrypted at once: what leaves in one call, and stays in a second-level cache
 _CONTROLS_MAX: Final = 64  # answers that wait behind a frame
 
@@ -126,7 +127,7 @@ class WebStream:
         self._bytes_left: int | None = bytes_max
         self._room = memoryview(bytearray(STRANGER_READ_BYTES if self._strange else READ_BYTES))
         self._count = 0  # bytes in ``_room`` that were not looked at
-        self._held = bytearray()  # messages of a stranger that were not looked at
+        self._held = bytearray()  # of a stranger, not looked at
         self._frames: deque[bytes | bytearray | memoryview] = deque()
         self._parts = bytearray()  # of a message that comes in fragments
         self._out: deque[memoryview] = deque()  # not encrypted yet; with ``wrapped``, the first is a frame's
@@ -291,14 +292,31 @@ class WebStream:
             self._gather()
 
     def _hold_or_take(self, plain: bytes) -> None:
-        """``trust`` may come with any message of a stranger, and holds for the next one."""
-        if self._strange and self.is_open:
-            self._held += plain
-        else:
+        """A stranger's request is looked at once it is whole, and alone.  Its messages wait: ``trust`` may come with any
+        of them, and holds for the next one.
+        """
+        if not self._strange:
             self._take(plain)
+            return
+        before = len(self._held)
+        self._held += plain
+        if not self.is_open and not self.why:
+            end = self._held.find(_HEAD_END, max(0, before - len(_HEAD_END))) + len(_HEAD_END)
+            if end >= len(_HEAD_END):
+                request = bytes(self._held[:end])
+                del self._held[:end]
+                self._take(request)
 
     def _take(self, plain: bytes) -> None:
-        """Let the library look at it."""
+        """Let the library look at it.  Whatever it then stumbles over ends this connection, and not the I/O thread."""
+        try:
+            self._take_boldly(plain)
+        except PeerMisbehaved:
+            raise
+        except Exception as error:
+            raise PeerMisbehaved(f"it breaks the rules of WebSocket ({type(error).__name__})") from error
+
+    def _take_boldly(self, plain: bytes) -> None:
         protocol = self._protocol
         protocol.receive_data(plain)
         for event in protocol.events_received():

@@ -106,6 +106,7 @@ class _Known:
 
 
 _RANDOM: Final = random.Random(2000)
+_FLOOD: Final = bytes(1 << 16)
 
 
 def _silent(known: _Known) -> _Says:
@@ -139,6 +140,13 @@ def _rubbish_frames(known: _Known) -> _Says:
     while True:
         yield _frame(known.random(_RANDOM.randrange(0, 2000)))
         yield 0.01
+
+
+def _rubbish_and_a_flood(known: _Known) -> _Says:
+    """As fast as it can."""
+    yield _MET + _frame(known.random(100))
+    while True:
+        yield _FLOOD
 
 
 def _huge_frame(known: _Known) -> _Says:
@@ -204,6 +212,7 @@ KINDS: Final[Mapping[str, Callable[[_Known], _Says]]] = {
     "another protocol": _other_protocol,
     "greeting and nothing": _ready_and_nothing,
     "rubbish frames": _rubbish_frames,
+    "rubbish and a flood": _rubbish_and_a_flood,
     "a huge frame": _huge_frame,
     "endless multipart": _endless_multipart,
     "endless pings": _endless_pings,
@@ -227,14 +236,18 @@ class Tally:
     """Connections in all."""
     hung_up: int = 0
     """Connections that the listener ended."""
+    left: int = 0
+    """Connections that the stranger ended."""
     failed: int = 0
     """Attempts that came to nothing: refused, or no answer in time."""
     sent: int = 0
-    """Bytes."""
+    """Bytes that the operating system took, whether anybody read them or not."""
+    sent_most: int = 0
+    """On one connection, at most."""
     heard: int = 0
     """Bytes that came back."""
     heard_most: int = 0
-    """Bytes that came back on one connection, at most."""
+    """On one connection, at most."""
 
 
 class _Stranger:
@@ -248,6 +261,7 @@ class _Stranger:
         "met",
         "pending",
         "says",
+        "sent",
         "tally",
         "turn",
         "writing",
@@ -263,7 +277,7 @@ class _Stranger:
         self.says: _Says = iter(())
         self.pending = b""
         self.writing = False
-        self.heard = 0
+        self.heard = self.sent = 0
         self.turn = 0  # of its last entry among those that wait; older ones do not count
         self.met = False  # has been connected at least once
 
@@ -344,7 +358,7 @@ class _Mob:
                 self._own_address = False
         stranger.carrier = carrier
         stranger.pending = b""
-        stranger.heard = 0
+        stranger.heard = stranger.sent = 0
         stranger.connecting = stranger.writing = True
         result = carrier.connect_ex(self._target)
         if result not in (0, errno.EINPROGRESS):
@@ -409,6 +423,7 @@ class _Mob:
                         self._write(stranger, False)
                         return
                     case float() as seconds if seconds < 0:
+                        stranger.tally.left += 1
                         self._leave(number)
                         return
                     case float() as seconds:
@@ -426,7 +441,9 @@ class _Mob:
                 stranger.tally.hung_up += 1
                 self._leave(number)
                 return
+            stranger.sent += count
             stranger.tally.sent += count
+            stranger.tally.sent_most = max(stranger.tally.sent_most, stranger.sent)
             stranger.pending = stranger.pending[count:]
         self._wait(number, 0.0)
 
@@ -608,7 +625,9 @@ class Crowd:
         kinds: Sequence[str] = tuple(KINDS),
         again: float = AGAIN,
     ) -> None:
-        """``address``: tcp://127.0.0.1:port.  ``hello``: a real one, to replay and to imitate.  ``again``: see AGAIN."""
+        """``address``: tcp://127.0.0.1:port.  ``hello``: a real one, to replay and to imitate.  ``again``: seconds, see
+        AGAIN.
+        """
         host, _, port = address.removeprefix("tcp://").rpartition(":")
         self._assignment = {
             "host": host,
@@ -641,7 +660,8 @@ class Crowd:
         """Let them all go, and say what they did: ``kinds``, ``connected_most``, ``cpu_seconds``."""
         assert self._process is not None and self._process.process.stdin is not None
         self._process.process.stdin.close()
-        return self.wait_until("gone")
+        told = self.wait_until("gone")
+        return {name: value for name, value in told.items() if name != "event"}
 
 
 def catch_hello(dial: Callable[[str], contextlib.AbstractContextManager[Any]], seconds: float = 30.0) -> bytes:
@@ -780,7 +800,7 @@ def bench_strangers(
 ) -> Report:
     """Train ``rounds`` times in peace and as often with ``strangers`` at the port, in turn.
 
-    ``descriptors``: how many the server may have open (Linux).  Whatever happens, no process and no file is left behind.
+    ``descriptors``: how many the server may have open (Linux).  Whatever happens, no process and no file is left.
     """
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     peace: list[Run] = []

@@ -32,7 +32,7 @@ from tests.fuzz.standin import KEYS, Desk, scaled
 
 SMALL_LANES: Final = {0: 0, 1: 600, 2: 60, 65535: 300}  # lane: bytes of its largest body
 LARGE_LANES: Final = {1: 3 * CHUNK_MAX, 2: 100_000}
-SMALL_WINDOWS: Final = (1024, 256, 4096)
+SMALL_WINDOWS: Final = (1024, 384, 4096)
 LARGE_WINDOW: Final = 4 * CHUNK_MAX
 LARGE_SIZES: Final = (0, 1, 1000, 90_000, GATHER_MAX - 1, GATHER_MAX, CHUNK_MAX, CHUNK_MAX + 1, 2 * CHUNK_MAX + 5)
 PAUSES: Final = (0.01, ACK_SECONDS, 0.3, 1.0, 5.0, 11.0, 25.0, 130.0)  # seconds
@@ -305,7 +305,7 @@ class _Story:
         for _ in range(min(count, len(me.held))):
             message, body = me.held.popleft()
             assert message.body == body, "a message changed while somebody looked at it"
-            size += len(message.header) + len(body)
+            size += size_of(message)
         me.channel.taken(size)
 
     # --- what the ends do about it ------------------------------------------------------------------------------------
@@ -362,8 +362,7 @@ class _Story:
         channel = me.channel
         expect_bounded(channel, self.lanes)
         assert channel.queued >= 0
-        held = sum(len(message.header) + len(body) for message, body in me.held)
-        assert held == channel._held
+        assert channel._held == sum(size_of(message) for message, _ in me.held)
         me.released += channel.released
         channel.released = 0
         assert me.released <= self.sent_bytes[me.number]
@@ -434,6 +433,11 @@ def expect_bounded(channel: Channel, lanes: Mapping[int, int]) -> None:
             assert len(block) <= _most(lanes[lane]), "more memory than the lane allows"
     assert len(channel._forwarded) <= PAYLOAD_MAX
     assert len(channel._unacked) + len(channel._again) <= 2 * channels.UNACKED_CHUNKS
+
+
+def size_of(message: Message) -> int:
+    """Bytes that a message counts as long as nobody took it."""
+    return len(message.header) + len(message.body) + channels.MESSAGE_COST
 
 
 def _most(limit: int) -> int:

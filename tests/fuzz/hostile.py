@@ -24,7 +24,7 @@ from splitsec.transports.record import Opener, Sealer
 from splitsec.transports.session import Ended, Opened, Session, State
 from splitsec.transports.testing import FakeClock, lend
 from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready, pack_chunk_header
-from tests.fuzz.delivery import PATTERN, expect_bounded
+from tests.fuzz.delivery import PATTERN, expect_bounded, size_of
 from tests.fuzz.script import Script
 from tests.fuzz.standin import KEYS, SMALL, Desk, scaled
 
@@ -320,16 +320,17 @@ class _Siege:
         self.channel.send(Outgoing(1, header, [body]))
 
     def take(self) -> None:
-        size = sum(len(message.header) + len(message.body) for message in self.untaken)
+        size = sum(map(size_of, self.untaken))
         self.untaken.clear()
         self.channel.taken(size)
 
     def check(self) -> None:
         channel = self.channel
         expect_bounded(channel, LANES)
-        untaken = sum(len(message.header) + len(message.body) for message in self.untaken)
-        assert untaken == channel._held
-        assert untaken <= WINDOW + sum(LANES.values()) + len(LANES) * HEADER_MAX, "more than the window allows"
+        assert channel._held == sum(map(size_of, self.untaken))
+        assert len(self.untaken) <= WINDOW // SMALL["CHUNK_COST"], "more messages than the window allows"
+        size = sum(len(message.header) + len(message.body) for message in self.untaken)
+        assert size <= WINDOW + sum(LANES.values()) + len(LANES) * HEADER_MAX, "more bytes than the window allows"
         assert set(channel._incoming) <= set(LANES)
         self.released += channel.released
         channel.released = 0

@@ -50,6 +50,7 @@ SEEDS: Final = (
     bytes([2, 0, 0, 0, 2, 0, 0, 1, 3, 0, 1, 4, 2, 10, 1, 1, 3, 3, 3, 0, 0, 9]),
     b"\3\0\0\xdd\xff\xff\xff\xff",
     b"\3\0\0" + b"\x94\xa1k\x90\x80" + b"\xdd\x00\x00\xff\xf0" * 40,
+    b"\3\x09\0" + b"\x94\xa1k\x90\x80" + b"\xdd\x00\x0f\xff\xf0" * 600,  # lists that claim more than they hold
     b"\3\0\0" + b"\x94\xa1k\x90" + b"\x81\xa1a" * 600 + b"\x80\x90",
 )
 

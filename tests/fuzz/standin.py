@@ -28,6 +28,8 @@ DIGEST: Final = bytes(32)
 
 SMALL: Final = {
     "CHUNK_MAX": 64,
+    "CHUNK_COST": 8,
+    "MESSAGE_COST": 16,
     "GATHER_MAX": 17,
     "HEADER_MAX": 100,
     "UNACKED_CHUNKS": 5,

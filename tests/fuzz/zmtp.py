@@ -18,7 +18,9 @@ from splitsec.transports.limits import FRAME_MAX, STRANGER_BYTES, STRANGER_FRAME
 from splitsec.transports.zmtp import CONTROL_MAX, GREETING_SIZE, HEADER_SIZE_MAX, Role, Stream, frame_header
 from tests.fuzz.script import Script, mutated
 
-READS: Final = (1, 2, 3, 7, 64, 65, 300, 1 << 20)  # bytes
+WHOLE: Final = 1 << 20  # bytes; more than any stream here
+READS: Final = (1, 2, 3, 7, 64, 65, 300, WHOLE)  # bytes
+TURNS: Final = 400  # after which no more is cut
 PING: Final = b"\4\7\4PING\0\0"
 PONG: Final = b"\4\7\4PONGcc"
 UNKNOWN: Final = b"\4\4\3SUB"
@@ -77,7 +79,7 @@ def zmtp(data: bytes) -> None:
         sent = sent[: script.below(len(sent) + 1)] + script.rest()
 
     pieces = _read(role, sent, cuts, trusted_after)
-    whole = _read(role, sent, [1 << 20], trusted_after)
+    whole = _read(role, sent, [WHOLE], trusted_after)
     assert pieces == whole, "how a stream is cut makes a difference"
     if honest:
         assert whole.frames == frames[: len(whole.frames)]
@@ -117,7 +119,7 @@ def _read(role: Role, sent: bytes, cuts: list[int], trusted_after: int | None) -
             room = stream.room()
             assert len(room), "nowhere to put what comes"
             assert len(stream._buffer) <= longest, "a buffer larger than the longest frame"
-            count = min(len(room), len(sent) - at, cuts[turn % len(cuts)])
+            count = min(len(room), len(sent) - at, cuts[turn % len(cuts)] if turn < TURNS else WHOLE)
             room[:count] = sent[at : at + count]
             stream.received(count)
             at += count

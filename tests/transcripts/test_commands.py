@@ -44,9 +44,10 @@ private):
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
+  splitsec listen FILE         read the trace of a party's traffic
 """
     )
-    for command in ("check", "keys", "simulate", "predict", "join"):
+    for command in ("check", "keys", "simulate", "predict", "join", "listen"):
         assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
         assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
 
@@ -211,6 +212,30 @@ $ splitsec predict small --weights nowhere --out out
 splitsec: no folder nowhere
   expected: the folder that `--out` of a training run wrote
   to do: train first
+[exit 2]
+"""
+    )
+
+
+def test_listening_to_what_is_no_trace(shell: Shell, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    assert (
+        transcript(shell, "listen nowhere", "listen traces", "listen small/graph.yaml --follow")
+        == """\
+$ splitsec listen nowhere
+splitsec: nowhere: there is no such file or folder
+  expected: a trace, or a folder of traces
+  to do: check the path; a run writes one with --trace
+[exit 2]
+$ splitsec listen traces
+splitsec: traces: no trace there
+  expected: files whose names end in .trace.jsonl
+  to do: write them with `splitsec simulate FOLDER --trace DIR`, or name a file of another name itself
+[exit 2]
+$ splitsec listen small/graph.yaml --follow
+splitsec: small/graph.yaml:1: not a line of a trace: no JSON object
+  expected: a file that `--trace` of `splitsec join` or `splitsec simulate` wrote
+  to do: look whether it is the right file, and whether somebody has edited it
 [exit 2]
 """
     )

@@ -6,6 +6,7 @@ import base64
 import datetime
 import ipaddress
 import os
+import random
 import re
 import select
 import socket
@@ -34,12 +35,15 @@ from websockets.utils import accept_key
 
 from splitsec.transports import base, sockets, testing, websocket
 from splitsec.transports.base import NO_OPTIONS, AddressError, Arrival, Connected, Disconnected, Event, Port
+from splitsec.transports.errors import PeerMisbehaved
 from splitsec.transports.iothread import Closed, Interrupted, IOThread, Opened, Peer, Received, Resumed
-from splitsec.transports.limits import FRAME_MAX, STRANGER_SECONDS
+from splitsec.transports.limits import FRAME_MAX, STRANGER_FRAME_MAX, STRANGER_SECONDS
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.testing import TransportConformance
+from splitsec.transports.tls import dialing_context, listening_context
 from splitsec.transports.tunnel import find_proxy, parse_proxy
 from splitsec.transports.websocket import WebSocketTransport
+from splitsec.transports.webstream import CONTROL_MAX, WebStream, dialing_stream, listening_stream
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -795,23 +799,159 @@ def test_a_message_that_must_not_be_ends_the_connection(
     assert most < 8 << 20
 
 
-def test_whoever_asks_and_takes_no_answer_is_hung_up_on(site: Site) -> None:
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a frame under way"])
+def test_whoever_asks_and_takes_no_answer_is_hung_up_on(site: Site, busy: bool) -> None:
     """Pings are answered; the answers are not kept for ever."""
     listening = site.listen()
     site.trusting = True
+    go_on = threading.Event()
 
     def flood() -> int:
         sent = 0
         with suppress(OSError), tls_client(listening, site.options) as client:
             client.sendall(request() + masked(BINARY, b"hello"))
+            go_on.wait(10)
             pings = masked(PING, bytes(125)) * 1000
             while sent < 1 << 30:
                 client.sendall(pings)
                 sent += len(pings)
         return sent
 
-    assert site.do(flood) < 1 << 30
+    flooding = site.pool.submit(flood)
+    site.drive(lambda: site.seen[listening] == [b"hello"])
+    while busy and listening.send(1, bytes(1 << 20)):
+        pass
+    go_on.set()
+    site.drive(flooding.done)
+    assert flooding.result() < 1 << 30
     site.drive(lambda: site.seen[listening] == [b"hello", Disconnected(1)])
+
+
+def test_an_answer_to_a_ping_waits_for_the_end_of_a_frame(site: Site) -> None:
+    listening = site.listen()
+    site.trusting = True
+    with site.do(web_client, listening, site.options) as client:
+        client.send(b"hello")
+        site.drive(lambda: site.seen[listening] == [b"hello"])
+        frames = [number.to_bytes(4, "big") * (1 << 18) for number in range(40)]
+        taken = 0
+        while listening.send(1, frames[taken]):
+            taken += 1
+        pong = client.ping()
+        site.drive_for(0.1)
+
+        def read() -> list[bytes | str]:
+            return [client.recv(10) for _ in range(taken + 1)]
+
+        reading = site.pool.submit(read)
+        site.drive(lambda: listening.send(1, frames[taken]))
+        site.drive(reading.done)
+        assert reading.result() == frames[: taken + 1]
+        site.drive(pong.is_set)
+        site.do(client.close)
+
+
+def test_messages_before_the_answer_do_no_harm(site: Site) -> None:
+    """RFC 6455 forbids them, section 4.1.  The library does not expect them either."""
+    listening = site.listen()
+
+    def send(head: bytes) -> bytes:
+        with tls_client(listening, site.options) as client:
+            client.sendall(head + masked(BINARY, b"early") + masked(TEXT, b"rubbish"))
+            answer = b""
+            with suppress(ConnectionResetError, ssl.SSLError):
+                while data := client.recv(4096):
+                    answer += data
+            return answer
+
+    assert site.do(send, request("/other")).startswith(b"HTTP/1.1 404 ")
+    assert site.do(send, b"GET /splitsec HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 426 ")
+    assert site.seen[listening] == []
+    assert site.do(send, request()).startswith(b"HTTP/1.1 101 ")
+    assert site.seen[listening] == [b"early", Disconnected(3)]
+
+
+# --- any bytes at all -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["ws", "wss"])
+@pytest.mark.parametrize("listens", [False, True], ids=["to a dialer", "to a listener"])
+def test_no_bytes_do_more_than_end_the_connection(listens: bool, tls: bool, options: dict[str, str]) -> None:
+    """Conversations with something changed in them, cut anywhere: nothing but PeerMisbehaved comes of it, and nothing
+    piles up.  Half of the listeners trust whoever has said something.
+    """
+    context = dialing = None
+    if tls:
+        context, dialing = listening_context(options["certificate"], options["key"]), dialing_context(options["ca"])
+    ends = 0
+    for seed in range(60 if tls else 600):
+        chance = random.Random(seed)
+        longest = STRANGER_FRAME_MAX
+        stream = listening_stream(context, "/splitsec")
+        other = dialing_stream(dialing, "127.0.0.1", 443, "/splitsec")
+        if not listens:
+            stream, other, longest = other, stream, FRAME_MAX
+        try:
+            for _ in range(40):
+                said = bytes(other.control)
+                other.control.clear()
+                if other.is_open and chance.random() < 0.5:
+                    other.wrap(chance.randbytes(chance.choice([0, 1, 125, 126, 2304, 2305, 70_000])))
+                    while other.fill():
+                        pass
+                    other.wrapped = False
+                if chance.random() < 0.1:
+                    said = spoilt(said, chance)
+                if other.is_open and not tls and chance.random() < 0.3:
+                    opcode = chance.randrange(16)
+                    said += masked(opcode, b"", fin=chance.random() < 0.7, size=chance.choice([0, 5, 130, 1 << 62]))
+                while said:
+                    size = chance.choice([1, 7, 100, 5000])
+                    feed(stream, said[:size])
+                    said = said[size:]
+                    while stream.is_open and (frame := stream.next_frame()) is not None:
+                        assert len(frame) <= longest
+                        if chance.random() < 0.5:
+                            stream.trust()
+                            longest = FRAME_MAX
+                assert len(stream.control) <= CONTROL_MAX + (1 << 18)
+                answer = bytes(stream.control)
+                stream.control.clear()
+                feed(other, answer)
+                while other.is_open and other.next_frame() is not None:
+                    pass
+        except PeerMisbehaved as error:
+            assert error.__cause__ is None, "the library stumbled"
+            ends += 1
+    assert ends > 10
+
+
+def feed(stream: WebStream, data: bytes) -> None:
+    while data:
+        room = stream.room()
+        size = min(len(room), len(data))
+        room[:size] = data[:size]
+        stream.received(size)
+        stream.shake()
+        data = data[size:]
+
+
+def spoilt(data: bytes, chance: random.Random) -> bytes:
+    """With one thing changed."""
+    place = chance.randrange(len(data) + 1)
+    match chance.randrange(4):
+        case 0:
+            return data[:place] + chance.randbytes(chance.randrange(1, 20)) + data[place:]
+        case 1:
+            return data[:place] + data[place + chance.randrange(1, 20) :]
+        case 2:
+            return data[:place]
+        case _:
+            return (
+                data[:place]
+                + bytes([byte ^ 1 << chance.randrange(8) for byte in data[place : place + 1]])
+                + data[place + 1 :]
+            )
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------------
