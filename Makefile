@@ -2,6 +2,7 @@
 #
 #   make demo        train a network across four processes on real images, then compare with one process
 #   make test        the whole test suite            (PYTEST_ARGS="-k channel" for a part of it)
+#   make fuzz        a million hostile inputs        (FUZZ_ARGS="--target record --seconds 60" for a part of it)
 #   make lint        ruff: rules and format          make format   let ruff mend them
 #   make types       mypy --strict
 #   make contracts   import contracts
@@ -15,13 +16,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 SEED ?= 0
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint format types contracts wheel check install clean
+.PHONY: help demo test fuzz chaos lint format types contracts wheel check install clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +44,11 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $@
 
+$(VENV)/installed-fuzz: $(VENV)/installed-dev
+	@echo "==> installing the fuzzer that looks at branches, where there is one for this machine"
+	@$(PIP_INSTALL) -e '.[test,dev,fuzz]'
+	@touch $@
+
 install: $(VENV)/installed-dev
 
 demo: $(VENV)/installed-demo
@@ -57,6 +64,10 @@ test: $(VENV)/installed-dev
 
 chaos: $(VENV)/installed-dev
 	@SPLITSEC_CHAOS=1 SPLITSEC_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/transports/test_reconnect.py -k in_full
+
+fuzz: $(VENV)/installed-fuzz
+	@echo "==> fuzzing (a million inputs take some ten minutes; what fails is kept in out/fuzz)"
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 lint: $(VENV)/installed-dev
 	@echo "==> ruff"

@@ -142,8 +142,9 @@ def _key(text: str) -> str:
 
 @cache
 def _schemes() -> tuple[str, ...]:
+    ours = ("tcp", "ipc", "wss", "memory", "ws", "zmq+tcp", "zmq+ipc")
     others = {one.name for one in importlib.metadata.entry_points(group="splitsec.transports")}
-    return ("tcp", "ipc", "memory", *sorted(others - {"tcp", "ipc", "memory"}))
+    return (*ours, *sorted(others - set(ours)))
 
 
 def _address(text: str) -> str:

@@ -238,7 +238,10 @@ class Party:
 
         Raises ``PeerUnreachable``, ``PeerRefusedUs``.
         """
-        self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen)
+        options = self.file.transport_options()
+        self._guard = open_guard(
+            self.graph, self.plan, self._private_key, listen=self.file.listen, options=options
+        )
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
         self._guard.on_interrupted = lambda party, why, seconds: self.report(
             {"event": "interrupted", "peer": party, "why": why, "seconds": round(seconds, 1)}

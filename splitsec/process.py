@@ -23,7 +23,15 @@ from typing import Any, TextIO
 
 from splitsec.errors import InternalError, PeerError, SplitsecError
 
-__all__ = ["described", "internal", "main", "prepare"]
+__all__ = [
+    "described",
+    "die_with_parent",
+    "internal",
+    "keep_freed_memory",
+    "leave_the_compiler_out",
+    "main",
+    "prepare",
+]
 
 SWITCH_SECONDS = 0.0002
 """How long the computing thread may keep the interpreter while the I/O thread has a frame to send or open.  Python's
@@ -34,16 +42,16 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 def prepare(threads: int | None) -> None:
     """Set this process up for one party: memory, ``threads`` compute threads (None: torch's choice), a lean start."""
-    _keep_freed_memory()
+    keep_freed_memory()
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
     sys.setswitchinterval(SWITCH_SECONDS)
-    _leave_the_compiler_out()
+    leave_the_compiler_out()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Keep glibc from handing freed tensors and frames back to the kernel at every step (mallopt(3)).
 
     A step frees and takes the same megabytes again; each time the kernel has to map and clear the pages anew, which
@@ -59,7 +67,7 @@ def _keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def _leave_the_compiler_out() -> None:
+def leave_the_compiler_out() -> None:
     """Keep torch.optim from importing torch's compiler, which no party uses.
 
     torch imports it (one to two seconds of processor time in every party) on the first call of a few optimiser methods:
@@ -97,7 +105,7 @@ def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, also where user code lets no other thread run."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -126,7 +134,7 @@ def main() -> int:
     """Be the party that standard input describes; events go out on what was standard output, all else to standard
     error.
     """
-    _die_with_parent()
+    die_with_parent()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))

@@ -35,6 +35,7 @@ _ENTRIES: Final[tuple[tuple[type[BaseModel], str], ...]] = (
     (partyfile.SegmentCode, "A segment's code"),
     (partyfile.Optimizer, "An optimizer"),
     (partyfile.DataFunctions, "`data`"),
+    (partyfile.WebSocket, "`wss`"),
 )
 
 EXAMPLE_GRAPH: Final = """\
@@ -86,8 +87,9 @@ are files of more than 1 MiB.
 * A *name* is 1 to 40 of `a` to `z`, `0` to `9`, `-` and `_`, and begins with a letter or digit.
 * A *field name* is 1 to 40 letters, digits and `_`, and does not begin with a digit. `id` is taken: it holds the
   sample ids.
-* An *address* is `tcp://HOST:PORT` (an IPv6 host in brackets), `ipc:///PATH`, `memory://NAME` inside one process, or
-  has the scheme of an installed transport (entry point group `splitsec.transports`).
+* An *address* is `tcp://HOST:PORT` (an IPv6 host in brackets), `ipc:///PATH`, `wss://HOST:PORT/PATH` (with the extra
+  `wss`), `memory://NAME` inside one process, or has the scheme of an installed transport (entry point group
+  `splitsec.transports`).
 * A *shape* is a list of sizes without the batch dimension, at most 8; `[]` is a single number.
 
 # The graph file

@@ -43,6 +43,8 @@ _BUILT_IN: Final = {
     "ipc": "splitsec.transports.sockets:SocketTransport",
     "zmq+tcp": "splitsec.transports.zeromq:ZeroMQTransport",
     "zmq+ipc": "splitsec.transports.zeromq:ZeroMQTransport",
+    "wss": "splitsec.transports.websocket:WebSocketTransport",
+    "ws": "splitsec.transports.websocket:WebSocketTransport",
 }
 
 NO_OPTIONS: Final[Mapping[str, str]] = MappingProxyType({})

@@ -104,9 +104,9 @@ class Tunnel:
     __slots__ = ("_answer", "_proxy", "_target", "is_open", "to_send")
 
     def __init__(self, proxy: Proxy, host: str, port: int) -> None:
-        """``host``, ``port``: where to.  The proxy looks the name up."""
+        """``host``, ``port``: where to, in ASCII.  The proxy looks the name up."""
         self._proxy = proxy
-        self._target = _joined(host.encode("idna").decode() if not host.isascii() else host, port)
+        self._target = _joined(host, port)
         self._answer = bytearray()
         self.is_open = False
         lines = [f"CONNECT {self._target} HTTP/1.1", f"Host: {self._target}"]

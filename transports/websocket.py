@@ -20,6 +20,7 @@ import re
 import socket
 import ssl
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast, final
@@ -65,14 +66,14 @@ TLS_HANDSHAKES_BURST: Final = 100.0
 """Connections that a listener takes at once after a quiet time: all parties of a large graph that start together."""
 
 _ADDRESS: Final = re.compile(
-    r"(wss?)://(\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]|[^\s/:?#@\[\]]+)(?::([0-9]{1,5}|\*))?(/[!-~]*)?", re.ASCII
+    r"(wss?)://(?:\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\]|([\w.-]+|\*))(?::([0-9]{1,5}|\*))?(/[!-~]*)?"
 )
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What an address says.  ``host``: an IPv6 address has its brackets.  Port 0: any free one."""
+    """What an address says.  ``host``: in ASCII, an IPv6 address without brackets.  Port 0: any free one."""
 
     address: str
     scheme: str
@@ -99,7 +100,6 @@ class WebSocketTransport(Transport):
         if unknown:
             raise AddressError(f"{scheme}:// has no option {', '.join(unknown)}")
         self._webstream = webstream
-        self._scheme = scheme
         self._options = dict(options)
         self._sockets = SocketTransport("tcp")
         self._dialing: ssl.SSLContext | None = None
@@ -117,7 +117,7 @@ class WebSocketTransport(Transport):
                     "file, wss: {certificate: ..., key: ...}, or listen at ws:// on loopback behind a reverse proxy"
                 )
             context = listening_context(certificate, key)
-        host = _loopback(place.host) if place.scheme == "ws" else place.host
+        host = f"[{place.host}]" if ":" in place.host else place.host
         plain = f"tcp://{host}:{place.port or '*'}"
         try:
             listener, endpoint, _ = _listen_tcp(plain)
@@ -142,7 +142,7 @@ class WebSocketTransport(Transport):
             if self._dialing is None:
                 self._dialing = dialing_context(self._options.get("ca"))
             context = self._dialing
-            proxy = find_proxy(place.host.strip("[]"), place.port, self._options.get("proxy"))
+            proxy = find_proxy(place.host, place.port, self._options.get("proxy"))
         return _WebDialingPort(self, place, context, proxy)
 
     def close(self, linger: float) -> None:
@@ -158,9 +158,8 @@ class WebSocketTransport(Transport):
 
     def new_stream(self, place: _Place, context: ssl.SSLContext | None, proxy: Proxy | None) -> WebStream:
         """For a connection that a dialing port has made."""
-        host = place.host.strip("[]")
-        tunnel = None if proxy is None else Tunnel(proxy, host, place.port)
-        return self._webstream.dialing_stream(context, host, place.port, place.path, tunnel=tunnel)
+        tunnel = None if proxy is None else Tunnel(proxy, place.host, place.port)
+        return self._webstream.dialing_stream(context, place.host, place.port, place.path, tunnel=tunnel)
 
     def tell(self, why: str) -> None:
         """To the operator."""
@@ -172,8 +171,9 @@ class WebSocketTransport(Transport):
 class _WebPort(_SocketPort):
     """What a WebSocket's stream needs that ZMTP's does not: frames pass through it on the way out, and goodbyes."""
 
+    @abstractmethod
     def _new_stream(self) -> WebStream:
-        raise NotImplementedError
+        """For a connection that is there now."""
 
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         link = self._links.get(connection)
@@ -306,9 +306,7 @@ class _WebDialingPort(_WebPort, _DialingPort):  # type: ignore[misc]
         self._context = context
         self._proxy = proxy
         self._reached = False  # somebody, in this round
-        host, port = (place.host.strip("[]"), place.port) if proxy is None else (proxy.host, proxy.port)
-        if place.scheme == "ws":
-            host = _loopback(host)
+        host, port = (place.host, place.port) if proxy is None else (proxy.host, proxy.port)
         targets = _numeric(host, port)
         super().__init__(transport.sockets, place.address, targets, None if targets else (host, port))
 
@@ -341,31 +339,28 @@ def _stream(link: _Link) -> WebStream:
     return cast("WebStream", link.stream)
 
 
-def _loopback(host: str) -> str:
-    """A name for this machine as a number, whatever a name server says."""
-    return "127.0.0.1" if host.endswith("localhost") else host
-
-
 def _place(address: str, verb: str) -> _Place:
     """What ``address`` says.  ``ws`` is for loopback alone: elsewhere, without TLS, ``tcp`` would do as well."""
     found = _ADDRESS.fullmatch(address)
     port = 443 if address.startswith("wss") else 80
-    if found is not None and found[3] is not None:
-        port = 0 if found[3] == "*" else int(found[3])
+    if found is not None and found[4] is not None:
+        port = 0 if found[4] == "*" else int(found[4])
     if found is None or port > 65535:
         raise AddressError(
             f"cannot {verb} {address!r}: expected wss://HOST:PORT/PATH, e.g. wss://example.org:443/splitsec"
         )
-    scheme, host, path = found[1], found[2], found[4] or DEFAULT_PATH
+    scheme, host, path = found[1], found[2] or found[3], found[5] or DEFAULT_PATH
     if "?" in path or "#" in path:
         raise AddressError(f"cannot {verb} {address!r}: a path without ? and #")
     try:
-        host.encode("idna")
+        host = host.encode("idna").decode()
     except UnicodeError:
         raise AddressError(f"cannot {verb} {address!r}: no host can have this name") from None
-    if scheme == "ws" and not is_loopback(host.strip("[]")):
+    if scheme == "ws" and not is_loopback(host):
         raise AddressError(
             f"cannot {verb} {address}: ws:// is without TLS, and only for a reverse proxy on this same machine "
             "(127.0.0.1, [::1] or localhost); use wss://"
         )
+    if scheme == "ws" and ":" not in host:
+        host = "127.0.0.1" if host.endswith("localhost") else host  # whatever a name server says
     return _Place(address, scheme, host, port, path)

@@ -13,6 +13,7 @@ No extension is offered or taken.  Compression above all: it would tell of what 
 
 from __future__ import annotations
 
+import contextlib
 import http
 import logging
 import ssl
@@ -159,7 +160,8 @@ class WebStream:
     def ended(self) -> None:
         """No more bytes will come; for ``why``."""
         if not self.why and self._tunnel is None and self._protocol.state is State.CONNECTING:
-            self._protocol.receive_eof()
+            with contextlib.suppress(Exception):  # as in ``_take``
+                self._protocol.receive_eof()
             if isinstance(self._protocol.handshake_exc, InvalidStatus):  # an answer that goes on until the end
                 self.why = _why(self._protocol)
         self.why = self.why or "it has ended the connection"
@@ -292,10 +294,10 @@ class WebStream:
             self._gather()
 
     def _hold_or_take(self, plain: bytes) -> None:
-        """A stranger's request is looked at once it is whole, and alone.  Its messages wait: ``trust`` may come with any
-        of them, and holds for the next one.
+        """A stranger's request is looked at once it is whole, and alone.  Its messages wait, as ``trust`` may come with
+        any of them, and holds for the next.
         """
-        if not self._strange:
+        if not self._strange and not self._held:
             self._take(plain)
             return
         before = len(self._held)

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Final
 
 from splitsec.bench.rivals import CONTENDERS, DIGEST, FAMILIES, LANE, Ground, NotHere, RoundTrip, public_key, versions
 from splitsec.errors import InternalError
-from splitsec.process import SWITCH_SECONDS, _die_with_parent, _keep_freed_memory
+from splitsec.process import SWITCH_SECONDS, die_with_parent, keep_freed_memory
 
 __all__ = [
     "SIZES",
@@ -489,7 +489,7 @@ class _Processes:
 
 def main() -> None:
     """Do what standard input says, and tell it in JSON lines on what was standard output.  Ends the process."""
-    _die_with_parent()
+    die_with_parent()
     events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
@@ -510,7 +510,7 @@ def main() -> None:
             traceback.print_exc()
             tell("failed", text=f"{type(error).__name__}: {error}")
 
-    _keep_freed_memory()  # as parties do; the same for all contenders, at both ends
+    keep_freed_memory()  # as parties do; the same for all contenders, at both ends
     sys.setswitchinterval(SWITCH_SECONDS)
     threading.Thread(target=work, name="work", daemon=True).start()
     sys.stdin.read()

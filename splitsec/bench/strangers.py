@@ -39,7 +39,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from splitsec.errors import InternalError
-from splitsec.process import _die_with_parent
+from splitsec.process import die_with_parent
 
 __all__ = ["KINDS", "Crowd", "Report", "Run", "add_arguments", "bench_strangers", "catch_hello", "main", "run"]
 
@@ -484,7 +484,7 @@ class _Mob:
 
 def _be_a_crowd() -> None:
     """What the crowd's process does: standard input describes it, and ends it."""
-    _die_with_parent()
+    die_with_parent()
     assignment = json.loads(sys.stdin.readline())
 
     def tell(event: str, **values: Any) -> None:
@@ -696,6 +696,8 @@ class Run:
     strangers: int
     seconds: float
     """From the first step to the last."""
+    cpu_seconds: float | None
+    """Processor time of the server meanwhile."""
     connect_seconds: float
     """What the client took to get in."""
     growth_bytes: int | None
@@ -713,6 +715,7 @@ class Run:
         return {
             "strangers": self.strangers,
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": None if self.cpu_seconds is None else round(self.cpu_seconds, 3),
             "connect_seconds": round(self.connect_seconds, 3),
             "growth_bytes": self.growth_bytes,
             "descriptors": self.descriptors,
@@ -872,14 +875,14 @@ class _Ground:
             processes.until("connected", [client, server])
             connected = time.monotonic()
             processes.until("turn", [client, server])
-            began = time.monotonic()
+            began, spent = time.monotonic(), seen.cpu_seconds()
             turns = 2 * self.epochs  # each begins with a pause, and shall not; every second evaluates, on nothing
             for _ in range(turns):
                 client.say("go")
                 server.say("go")
             for _ in range(turns):
                 processes.until("turn over", [client, server])
-            ended = time.monotonic()
+            ended, spent_then = time.monotonic(), seen.cpu_seconds()
             processes.until("done", [client, server])
             summary = crowd.go() if crowd is not None else None
             seen.look()
@@ -887,6 +890,7 @@ class _Ground:
         return Run(
             strangers,
             ended - began,
+            None if spent is None or spent_then is None else spent_then - spent,
             connected - dialed,
             None if seen.peak is None or before is None else seen.peak - before,
             seen.descriptors,
@@ -933,6 +937,14 @@ class _Seen:
         self.peak = max(self._status("VmHWM") or 0, self.peak or 0) or None
         with contextlib.suppress(OSError):
             self.descriptors = max(len(os.listdir(self._place / "fd")), self.descriptors or 0)
+
+    def cpu_seconds(self) -> float | None:
+        """Processor time that it has taken so far."""
+        assert self._place is not None
+        with contextlib.suppress(OSError):
+            user, system = (self._place / "stat").read_text().rpartition(")")[2].split()[11:13]  # proc(5): utime, stime
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return None
 
     def _status(self, name: str) -> int | None:
         assert self._place is not None

@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         folder = Folder(folder.path, folder.graph, {party.party: party})
     if not arguments.no_models:
         from splitsec.probe import probe
+        from splitsec.process import leave_the_compiler_out
 
+        leave_the_compiler_out()
         probe(folder)
     if arguments.svg == "-":
         from splitsec.drawing import svg

@@ -63,9 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     load_folder(arguments.folder)  # a mistake in the files is told before torch is loaded
 
     from splitsec.cli.progress import Followed, print_result
+    from splitsec.process import leave_the_compiler_out
     from splitsec.simulation import simulate
 
     with Followed(quiet=arguments.quiet) as watch:
+        leave_the_compiler_out()
         result = simulate(
             arguments.folder,
             epochs=arguments.epochs,

@@ -35,6 +35,7 @@ from tests.fuzz.engines import EYE, Job
 from tests.fuzz.targets import TARGETS, Function, load
 
 INPUTS: Final = 1_000_000
+ROOT: Final = Path(__file__).parents[2]
 OUT: Final = Path("out/fuzz")
 FOREVER: Final = float(1 << 31)  # seconds
 HANG: Final = 60.0  # seconds for one input, on a machine that is busy
@@ -150,6 +151,10 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+                },
             )
 
     def look(self) -> bool:
@@ -193,9 +198,11 @@ def _divided(options: argparse.Namespace, engine: str, seed: int, folder: Path) 
     names = [*dict.fromkeys(options.target)] if options.target else [*TARGETS]
     shares = {name: TARGETS[name].share if name in TARGETS else 100 for name in names}
     inputs = options.inputs or INPUTS
-    runs = []
+    runs, before = [], 0
     for name in names:
-        most = -(-inputs * shares[name] // sum(shares.values()))
+        after = before + shares[name]
+        most = inputs * after // sum(shares.values()) - inputs * before // sum(shares.values())
+        before = after
         if options.seconds is not None and options.inputs is None:
             most = 1 << 62
         place = name.replace(":", ".")

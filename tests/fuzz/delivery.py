@@ -5,10 +5,10 @@ taken, frames lost, repeated, swapped, changed and replayed from earlier session
 anew from either side or from both at once, time passes, keys change.  It drives channels in the order that ``iothread``
 does.  Not here: a peer that holds the keys and lies (``hostile``).
 
-The properties.  Each lane's messages arrive in order, unchanged, each once, at any moment; and stay unchanged as long as
-somebody looks at them.  Nobody honest is blamed: whatever the wire does is Damaged, and ends one session, never more.
-No more memory is held than the lanes allow.  Once the wire is good, everything arrives, is acknowledged, and both sides
-part with a goodbye.
+The properties.  Each lane's messages arrive in order, unchanged, each once, at any moment; and stay unchanged as long
+as somebody looks at them.  Nobody honest is blamed: whatever the wire does is Damaged, and ends one session, never
+more.  No more memory is held than the lanes allow.  Once the wire is good, everything arrives, is acknowledged, and
+both sides part with a goodbye.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from splitsec.transports import channel as channels
 from splitsec.transports.channel import Channel, Forwarded, Message, Outgoing, Relay
 from splitsec.transports.channel import Event as ChannelEvent
 from splitsec.transports.errors import Damaged, LocalProtocolError, Lost, PeerMisbehaved, Refused
-from splitsec.transports.limits import ACK_SECONDS, CHUNK_MAX, GATHER_MAX, PAYLOAD_MAX, REKEY_BYTES, RUN_SIZE, SPARE_BLOCKS
+from splitsec.transports.limits import (
+    ACK_SECONDS,
+    CHUNK_MAX,
+    GATHER_MAX,
+    PAYLOAD_MAX,
+    REKEY_BYTES,
+    RUN_SIZE,
+    SPARE_BLOCKS,
+)
 from splitsec.transports.session import Ended, Opened, Session, State
 from splitsec.transports.testing import FakeClock, lend
 from splitsec.transports.wire import CloseCode, Ready, pack_forward_prefix
@@ -36,7 +44,7 @@ SMALL_WINDOWS: Final = (1024, 384, 4096)
 LARGE_WINDOW: Final = 4 * CHUNK_MAX
 LARGE_SIZES: Final = (0, 1, 1000, 90_000, GATHER_MAX - 1, GATHER_MAX, CHUNK_MAX, CHUNK_MAX + 1, 2 * CHUNK_MAX + 5)
 PAUSES: Final = (0.01, ACK_SECONDS, 0.3, 1.0, 5.0, 11.0, 25.0, 130.0)  # seconds
-STEPS: Final = 250
+STEPS: Final = 255  # as many as one byte says
 LARGE_STEPS: Final = 40
 LINES: Final = 3  # that a story remembers
 PATTERN: Final = random.Random(1).randbytes(4 * CHUNK_MAX)
@@ -46,19 +54,32 @@ SIDES: Final = (0, 1)
 _LARGE: Final = 14  # one story in sixteen has chunks as large as they are
 _REAL: Final = 15  # and one has Noise's own handshakes, the first four
 
-# Mode, window; then steps: a turn of honest ends (3), send (0: end, lane, header, pieces), dial (8) and so on, as below.
-_MEET: Final = bytes([3, 0, 3, 1]) * 3
-_SAY: Final = bytes([0, 0, 1, 3, 1, 40])
+_TURNS: Final = (bytes([3, 0]), bytes([3, 1]))  # each end says something, and it arrives
+_MEET: Final = _TURNS * 3
+_SAY: Final = (bytes([0, 0, 1, 3, 1, 40]),)  # end 0 sends, on the second lane, three bytes of header and one piece
+_SAY_MUCH: Final = (bytes([0, 0, 1, 3, 1, 250, 9]),)
+_LOSE: Final = (bytes([2, 0, 3]),)  # end 0 says four things, which are under way
+_DIAL: Final = tuple(bytes([8, end]) for end in SIDES)
+
+
+def _seed(*steps: bytes, mode: int = 0, window: int = 0, finish: bytes = b"") -> bytes:
+    return bytes([mode, window, len(steps)]) + b"".join(steps) + finish
+
+
 SEEDS: Final = (
-    b"\0\0" + _SAY * 4,
-    b"\0\0" + _MEET + (_SAY + bytes([3, 0])) * 4 + bytes([3, 1, 8, 0]) + _MEET,
-    b"\0\0" + _MEET + bytes([0, 0, 1, 3, 2, 200, 90, 0, 1, 2, 3, 1, 50, 3, 0, 3, 1]) * 3 + b"\x08\1",
-    b"\x10\0" + _MEET + bytes([0, 0, 1, 3, 1, 250, 3, 0, 11, 0, 3, 1]) * 6,
-    b"\x0f\0" + _MEET + _SAY * 2 + bytes([3, 0, 8, 1]) + _MEET,
-    b"\x0e\0" + _MEET + bytes([0, 0, 0, 3, 1, 8, 3, 0, 3, 1]) * 2 + bytes([8, 0]),
-    b"\0\0" + bytes([8, 0, 8, 1]) * 4 + bytes([3, 0, 3, 1, 9, 2]) * 4,
-    b"\0\0" + _MEET + bytes([13, 0, 9, 3, 0, 13, 1, 3, 3, 1]) * 4,
-    b"\0\1" + _MEET + (_SAY + bytes([2, 0, 3])) * 6 + bytes([4, 0, 5, 0, 4, 0, 9, 1, 10, 1, 3, 8, 1]) + _MEET,
+    _seed(*_SAY * 4),
+    _seed(*_MEET, *(_SAY + _TURNS) * 4, _DIAL[0], *_MEET),
+    _seed(*_MEET, *(bytes([0, 0, 1, 3, 2, 200, 90, 0, 1]), bytes([0, 1, 2, 3, 1, 50, 7]), *_TURNS) * 3, _DIAL[1]),
+    _seed(*_MEET, *(*_SAY_MUCH, _TURNS[0], bytes([11, 0]), _TURNS[1]) * 6, mode=16),
+    _seed(*_MEET, *_SAY * 2, _TURNS[0], _DIAL[1], *_MEET, mode=_REAL),
+    _seed(*_MEET, *(bytes([0, 0, 0, 3, 1, 8, 5]), *_TURNS) * 2, _DIAL[0], mode=_LARGE),
+    _seed(*_DIAL * 4, *(*_TURNS, bytes([9, 2])) * 4),
+    _seed(*_MEET, *(bytes([13, 0, 9, *range(9)]), _TURNS[0], bytes([13, 1, 3, 1, 2, 3]), _TURNS[1]) * 4),
+    _seed(*_MEET, *(_SAY + _LOSE) * 6, *(bytes([4, 0]), bytes([5, 0])) * 3, bytes([9, 1]), bytes([10, 1, 3])),
+    _seed(*_MEET, *_SAY * 5, *_LOSE, _DIAL[0], *_MEET, _DIAL[1], *_MEET, *_TURNS, _DIAL[0], *_MEET),
+    # A full window, taken between the READY of the end that dials and the other's; and the same for who listens.
+    _seed(*_MEET, *_SAY_MUCH * 6, *_TURNS * 9, window=1, finish=bytes([1, 0, 0, 0, 0, 0, 0, 0, 1])),
+    _seed(*_MEET, *_SAY_MUCH * 6, *_TURNS * 9, window=1, finish=bytes([0, 0, 0, 0, 0, 0, 0, 0, 1])),
 )
 
 
@@ -140,7 +161,7 @@ class _Story:
 
     def tell(self) -> None:
         self.dial(0)
-        for _ in range(STEPS if self.small else LARGE_STEPS):
+        for _ in range(min(self.script.byte(), STEPS if self.small else LARGE_STEPS)):
             if not self.script:
                 break
             self.step()

@@ -153,7 +153,7 @@ def _answer(script: Script, facts: Facts, post_quantum: bool) -> None:
 
 
 def _hostile_hello(script: Script, post_quantum: bool) -> tuple[bytes, Expected]:
-    """Bob, who is known and may come in, puts what he likes where an ML-KEM key belongs.  What is to come of it, too."""
+    """Bob, who is known and may come in, puts what he likes where an ML-KEM key belongs; and its fate."""
     key = hybrid.EphemeralKey(_entropy(b"bob")).encapsulation_key if post_quantum else b""
     payload = mutated(script, key, script.take(20))
     noise = _noise(post_quantum, BOB, initiator=True)

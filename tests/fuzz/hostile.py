@@ -43,6 +43,8 @@ TOTALS: Final = (0, 1, 2, 5, 60, 61, 600, 601, 2**16, 2**32, 2**63, 2**64 - 1)
 _CHUNK: Final = bytes([0, 1, 5, 40, 255, 0])
 SEEDS: Final = (
     b"\0" + _CHUNK * 6,
+    b"\0" + _CHUNK * 60,
+    b"\0" + bytes(6) * 190,
     b"\1" + _CHUNK * 6,
     b"\0" + bytes([0, 1, 5, 200, 30, 0]) * 20,
     b"\0" + bytes([7, 20, 9, 1, 1, 0, 0]) * 4 + _CHUNK,
@@ -67,9 +69,7 @@ class _Siege:
         self.mode = script.byte()
         self.clock = FakeClock()
         self.desk = Desk()
-        self.channel = Channel(
-            LANES, run=OURS, forwards=bool(self.mode & 4), window=WINDOW, now=self.clock.now
-        )
+        self.channel = Channel(LANES, run=OURS, forwards=bool(self.mode & 4), window=WINDOW, now=self.clock.now)
         self.is_open = False
         self.session: Session
         self.sealer: Sealer
@@ -116,7 +116,7 @@ class _Siege:
             established = initiator.receive(frame)
         self.sealer = Sealer(established.send_key)
         self.opener = Opener(established.receive_key)
-        if not self.script.below(8) == 7:
+        if self.script.below(8) != 7:
             self.say_ready()
 
     # --- what the peer may do -----------------------------------------------------------------------------------------
@@ -128,9 +128,13 @@ class _Siege:
             case 0 | 1 | 2 | 3:
                 self.say_chunk()
             case 4:
-                self.say(self.header(script.below(10)), script.take(script.below(80)))
+                kind = script.below(10)
+                has_payload = kind in (Kind.READY, Kind.FORWARD) or script.below(16) == 15
+                self.say(self.header(kind), script.take(script.below(80)) if has_payload else b"")
             case 5:  # a header of no shape, an honest record of it
-                self.say_raw(script.take(CHUNK_HEADER_SIZE).ljust(CHUNK_HEADER_SIZE, b"\0"), script.take(script.below(80)))
+                self.say_raw(
+                    script.take(CHUNK_HEADER_SIZE).ljust(CHUNK_HEADER_SIZE, b"\0"), script.take(script.below(80))
+                )
             case 6:
                 self.arrive(script.take(script.below(120)))
             case 7:
@@ -290,7 +294,7 @@ class _Siege:
         """As ``iothread`` does: what READY says is checked before anything else may come."""
         channel = self.channel
         channel.carry(self.session)
-        acked = channel._acked
+        acked, untouched, run = channel._acked, channel.untouched, channel.peer_run
         try:
             channel.opened(ready)
         except (PeerMisbehaved, Restarted) as error:
@@ -299,6 +303,9 @@ class _Siege:
             channel.detach()
             return
         self.is_open = True
+        assert ready.known in (NO_RUN, OURS), "a peer that speaks of another channel"
+        # Who names itself NO_RUN stays unknown, and harms nobody else.
+        assert untouched or run in (ready.run, NO_RUN), "a peer that was started anew goes on where another stood"
 
     def listen(self) -> None:
         """The peer reads what we say: every frame opens, and no chunk goes beyond what it granted."""

@@ -16,13 +16,14 @@ from typing import Any, Final
 import msgpack
 import torch
 
-from splitsec.messages import ALIGNMENT, DTYPES, LARGEST_TENSOR, BadMessage, Message, decode, encode
+from splitsec.messages import ALIGNMENT, DTYPES, LARGEST_TENSOR, MOST_DIMENSIONS, BadMessage, Message, decode, encode
 from splitsec.transports.limits import HEADER_MAX
 from tests.fuzz.script import Script, mutated
 
 NAMES: Final = (*DTYPES, "float8", "", "complex64")
 EXTENTS: Final = (0, 1, 2, 3, 4, 7, 64, 2**16, 2**31, 2**39, 2**40 - 1, 2**40, 2**63, 2**64 - 1, -1, -(2**63))
-ODD: Final[tuple[Any, ...]] = (None, True, 1.5, "x", b"x", [], {}, [[[]]], {"a": {"b": []}}, {1: 2}, float("nan"), -1, 2**64 - 1)  # fmt: skip
+NESTED: Final = ([], {}, [[[]]], {"a": {"b": []}}, {1: 2})
+ODD: Final[tuple[Any, ...]] = (None, True, 1.5, float("nan"), -1, 2**64 - 1, "x", b"x", *NESTED)
 KINDS: Final = ("activation", "gradient", "", "\U0001f600", "x" * 300)
 HEADER_SIZES: Final = (0, 0, 0, 0, 0, 0, 0, 1000, 1 << 16, HEADER_MAX)  # bytes, at least
 
@@ -58,10 +59,12 @@ SEEDS: Final = (
 def messages(data: bytes) -> None:
     """One message."""
     script = Script(data)
+    honest = False
     match script.below(4):
         case 0:
             header, body = script.choose(_HONEST)
-            if script.flag():
+            honest = not script.flag()
+            if not honest:
                 body = mutated(script, body, body[::-1])
         case 1:
             header, body = script.choose(_HONEST)
@@ -73,14 +76,15 @@ def messages(data: bytes) -> None:
             size = script.choose(HEADER_SIZES)
             body = bytes(script.byte())
             header = script.rest().ljust(size, b"\0")
-    _decode(header, body)
+    _decode(header, body, honest)
 
 
-def _decode(header: bytes, body: bytes) -> None:
+def _decode(header: bytes, body: bytes, honest: bool) -> None:
     view = _aligned(body)
     try:
         message = decode(header, view)
     except BadMessage:
+        assert not honest
         return
     assert isinstance(message.kind, str)
     assert all(type(part) is int and 0 <= part < 2**63 for part in message.key)
@@ -89,6 +93,7 @@ def _decode(header: bytes, body: bytes) -> None:
     used = 0
     for tensor in message.tensors.values():
         assert tensor.dtype in DTYPES.values()
+        assert tensor.dim() <= MOST_DIMENSIONS
         assert tensor.numel() * tensor.element_size() <= LARGEST_TENSOR
         if not tensor.numel():
             assert tensor.untyped_storage().nbytes() == 0

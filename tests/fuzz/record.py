@@ -1,7 +1,7 @@
 """Target: what a wire may do to sealed records of one direction, and what a careless caller may.
 
-Here: one Sealer, one Opener, a wire that drops, repeats, swaps, cuts and changes, and new keys at either side alone.  Not
-here: what is in a record.
+Here: one Sealer, one Opener, a wire that drops, repeats, swaps, cuts and changes, and new keys at either side alone.
+Not here: what is in a record.
 
 The property, both ways: a record opens, to exactly what was sealed, if and only if it is the next one, sealed under the
 opener's generation of keys with the same associated bytes, and nothing failed before.

@@ -1,7 +1,7 @@
 """Bytes as a sequence of choices: what an engine mutates, and what every target reads its story from.
 
-Here: ``Script``, which never ends badly (what is used up gives zeros), and ``mutated``, which damages a frame as a script
-says.  Not here: what is chosen; that is each target's own.  The story goes on in ``targets``.
+Here: ``Script``, which never ends badly (what is used up gives zeros), and ``mutated``, which damages a frame as a
+script says.  Not here: what is chosen; that is each target's own.  The story goes on in ``targets``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Script:
 
 
 def mutated(script: Script, frame: bytes, other: bytes = b"") -> bytes:
-    """``frame``, changed as somebody on the wire may change it; it may come out as it was.  ``other``: to splice with."""
+    """``frame``, changed as somebody on the wire may; it can come out as it was.  ``other``: to splice with."""
     how = script.below(MUTATIONS)
     at = script.below(len(frame) + 1)
     match how:

@@ -132,5 +132,3 @@ class _Listens(Responder):  # type: ignore[misc]
 
     def refuse(self, reason: RefusalReason = RefusalReason.BUSY) -> None:
         self._outbox.append(bytes([2, reason]) + bytes(8))
-
-

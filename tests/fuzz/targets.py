@@ -1,9 +1,9 @@
 """What can be fuzzed: the table of targets, and how many of a million inputs each is given.
 
-Here: names, places and shares.  A target is a plain function from bytes to None that raises when one of its properties
-does not hold; its own file says which they are.  Both engines (``engines``: atheris, which looks at the code's branches,
-and chance) and the short test in the suite (``test_fuzz``) call the same functions.  The story goes on in ``handshake``,
-``record``, ``delivery``, ``hostile``, ``messages`` and ``zmtp``, from the outside in.
+Here: names, places and shares.  A target is a plain function from bytes to None that raises where one of its
+properties does not hold; its own file says which they are.  Both engines (``engines``: atheris, which looks at the
+code's branches, and chance) and the short test in the suite (``test_fuzz``) call the same functions.  The story goes on
+in ``zmtp``, ``handshake``, ``record``, ``delivery``, ``hostile`` and ``messages``, from the outside in.
 
 To add one: a function, a tuple ``SEEDS`` beside it (inputs that get far; may be empty), and a line here.
 """
@@ -24,8 +24,8 @@ class Target(NamedTuple):
     place: str
     """module:function; ``module.SEEDS`` are the inputs to begin with."""
     share: int
-    """Inputs out of a thousand.  Not equal: one input of ``delivery`` is a story of dozens of frames and costs as much as
-    a hundred of ``record``.
+    """Inputs out of a thousand.  Not equal: one of ``delivery`` is a story of dozens of frames, and costs as much as
+    fifteen of ``record``.
     """
     largest: int
     """Bytes of the longest input."""
@@ -38,7 +38,9 @@ TARGETS: Final = MappingProxyType(
             "tests.fuzz.delivery:delivery", 120, 1500, "two honest ends and a wire that does what it likes"
         ),
         "hostile": Target("tests.fuzz.hostile:hostile", 200, 1000, "a peer that holds the session's keys and lies"),
-        "handshake": Target("tests.fuzz.handshake:handshake", 120, 1500, "strangers, replays and hostile peers at hello"),
+        "handshake": Target(
+            "tests.fuzz.handshake:handshake", 120, 1500, "strangers, replays and hostile peers at hello"
+        ),
         "zmtp": Target("tests.fuzz.zmtp:zmtp", 140, 1500, "bytes from a stranger's socket"),
         "record": Target("tests.fuzz.record:record", 200, 500, "sealed records, lost, repeated, swapped and changed"),
         "messages": Target("tests.fuzz.messages:messages", 220, 5000, "headers and bodies that become tensors"),

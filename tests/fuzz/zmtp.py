@@ -32,6 +32,8 @@ SEEDS: Final = (
     bytes([2, 0, 9, 3, 4, 5, 0, 1, 2, 1, 10]),
     bytes([4, 7, 1, 0, 0, 9, 3, 3, 3, 3]),
     bytes([8, 0, 2, 2, 255, 2, 255, 2, 255, 2, 255]),
+    bytes([1, 0, 7, 11, *[2, 65, 57] * 11]),  # more than a stranger may send
+    bytes([1, 0, 7, 4, *[3, 59] * 3, 0, 3, 1, 2, 3]),  # more questions than are answered
 )
 
 
@@ -61,7 +63,7 @@ def zmtp(data: bytes) -> None:
             case 2:
                 frame = bytes([script.byte()]) * (script.byte() * 40)
             case 3:
-                sent += PING
+                sent += PING * script.below(60)
                 continue
             case 4:
                 sent += PONG
@@ -108,13 +110,13 @@ def _read(role: Role, sent: bytes, cuts: list[int], trusted_after: int | None) -
                     stream.trust(frame_max=TRUSTED_FRAME_MAX)
                     longest = max(TRUSTED_FRAME_MAX + HEADER_SIZE_MAX, 64 << 10)
                 frame = stream.next_frame()
+                assert len(stream.control) <= CONTROL_MAX, "answers pile up"
                 if frame is None:
                     break
                 assert len(frame) <= (TRUSTED_FRAME_MAX if longest > STRANGER_READ_BYTES else STRANGER_FRAME_MAX)
                 frames.append(bytes(frame))
             if at == len(sent):
                 break
-            assert len(stream.control) <= CONTROL_MAX
             stream.control.clear()  # it was sent
             room = stream.room()
             assert len(room), "nowhere to put what comes"
@@ -133,7 +135,7 @@ def _read(role: Role, sent: bytes, cuts: list[int], trusted_after: int | None) -
                 call()
             except PeerMisbehaved:
                 continue
-            raise AssertionError("a stream that failed gave something")
+            raise AssertionError("a stream that failed gave something") from None
         return Told(frames, True, False)
     return Told(frames, False, stream.is_open)
 

@@ -257,8 +257,8 @@ def test_a_listener_without_descriptors_for_all_goes_on(overheard: bytes) -> Non
             process.kill()
 
 
-def test_a_training_does_not_notice(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two parties in processes of their own, over tcp, in peace and then with 300 strangers from before the client comes
+def test_a_training_does_not_notice() -> None:
+    """Two parties in processes of their own, over tcp: in peace, and with 300 strangers from before the client comes
     until the last weight is written.  (How long it takes is measured elsewhere; the bound here is for a busy machine.)
     """
     report = bench_strangers(strangers=300, rounds=1, steps=500, network="mlp")
