@@ -8,6 +8,7 @@
 #   make contracts   import contracts
 #   make chaos       10,000 messages over a line that breaks hundreds of times (SEED=n repeats a run)
 #   make wheel       build sdist and wheel in dist/
+#   make strangers   train with 2,000 strangers at the port: how many times as long it takes (two minutes, idle machine)
 #   make check       all of the above, as .ci/run does
 #   make clean       remove what these made
 #
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz chaos lint format types contracts wheel check install clean
+.PHONY: help demo test fuzz chaos lint format types contracts wheel strangers check install clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -91,6 +92,10 @@ wheel: $(VENV)/installed-dev
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist . >/dev/null
 	@ls dist
+
+strangers: $(VENV)/installed-dev
+	@echo "==> training in peace and with 2,000 strangers at the port, in turn"
+	@$(BIN)/python -m splitsec.bench.strangers
 
 check:
 	@.ci/run

@@ -29,6 +29,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, final
 
+if sys.platform != "win32":
+    import resource
 if sys.platform == "linux":
     import fcntl
     import termios
@@ -67,6 +69,7 @@ _ACCEPTS: Final = 16  # connections accepted before those that are there have th
 _READS: Final = 16  # reads from sockets known to be readable, before all others are looked at
 _TURNS: Final = 4  # reads in one call of ``receive`` that make no frame: full of PINGs, one takes 15 ms
 _DISCARDS: Final = 512  # reads of what nobody wants any more, when a connection is ended
+_FEW_DISCARDS: Final = 4  # the same, where it is ended at once: whoever goes on sending may lose our last words
 _LEAVING_MAX: Final = 64  # connections that are over but for what is still to be sent
 _LEAVING_PAUSE: Final = 0.005  # seconds
 _IPC_SEND_BUFFER: Final = 1 << 20  # bytes
@@ -128,7 +131,8 @@ class SocketTransport(Transport):
         except OSError:  # it is gone already
             leaving.close()
             return
-        if _discard(leaving) and linger > 0 and _unsent(leaving):
+        reads = _DISCARDS if linger > 0 else _FEW_DISCARDS
+        if _discard(leaving, reads) and linger > 0 and _unsent(leaving):
             self._leaving.append((leaving, time.monotonic() + linger))
             if len(self._leaving) > _LEAVING_MAX:
                 self._leaving.popleft()[0].close()
@@ -142,7 +146,7 @@ class SocketTransport(Transport):
         now = time.monotonic()
         for _ in range(len(self._leaving)):
             leaving, until = self._leaving.popleft()
-            if now < until and _discard(leaving) and _unsent(leaving):
+            if now < until and _discard(leaving, _DISCARDS) and _unsent(leaving):
                 self._leaving.append((leaving, until))
             else:
                 leaving.close()
@@ -422,6 +426,7 @@ class _ListeningPort(_SocketPort):
         self._inode = path.stat().st_ino if path is not None else 0  # nobody else's while we have it open
         self._number = 0
         self._strangers: dict[Hashable, _Link] = {}  # the oldest first
+        self._strangers_max = min(STRANGERS_CONNECTED_MAX, max(8, _descriptors_allowed() // 4))
         self._accept_at: float | None = None
         self._selector.register(listener, selectors.EVENT_READ, None)
 
@@ -452,17 +457,22 @@ class _ListeningPort(_SocketPort):
 
     def _accept(self) -> None:
         due = time.monotonic() + STRANGER_SECONDS
-        for _ in range(_ACCEPTS):
+        for count in range(_ACCEPTS):
             try:
                 accepted, _address = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
+                if error.errno in _NO_ROOM and count:
+                    return  # said before it looks whether somebody waits; the selector knows
+                if error.errno in _NO_ROOM and self._strangers:
+                    self._drop(next(iter(self._strangers.values())))
+                    return
                 if error.errno in _NO_ROOM:
                     self._rest(due - STRANGER_SECONDS + ACCEPT_PAUSE_SECONDS)
                     return
                 continue  # that one is gone before it was here
-            while len(self._strangers) >= STRANGERS_CONNECTED_MAX:
+            while len(self._strangers) >= self._strangers_max:
                 self._drop(next(iter(self._strangers.values())))
             self._number += 1
             stream = Stream(
@@ -827,11 +837,19 @@ def _prepare(carrier: socket.socket) -> None:
         carrier.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _discard(carrier: socket.socket) -> bool:
-    """Throw away what can be read; False: the other side has ended, too."""
+def _descriptors_allowed() -> int:
+    """How many descriptors this process may have open."""
+    if sys.platform == "win32":
+        return 1 << 16
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else soft
+
+
+def _discard(carrier: socket.socket, reads: int = _FEW_DISCARDS) -> bool:
+    """Throw away what can be read, in at most ``reads`` of 64 KiB; False: the other side has ended, too."""
     waste = bytearray(1 << 16)
     try:
-        for _ in range(_DISCARDS):
+        for _ in range(reads):
             if not carrier.recv_into(waste):
                 return False
     except BlockingIOError:

@@ -313,10 +313,12 @@ class _WebDialingPort(_WebPort, _DialingPort):  # type: ignore[misc]
     def _new_stream(self) -> WebStream:
         return self._web.new_stream(self._place, self._context, self._proxy)
 
-    def _add(self, link: _Link) -> None:
-        self._reached = True
-        self._due = link.due = time.monotonic() + OPENING_SECONDS
-        super()._add(link)
+    def _meet(self, carrier: socket.socket) -> bool:
+        met = super()._meet(carrier)
+        if met:
+            self._reached = True
+            self._due = time.monotonic() + OPENING_SECONDS
+        return met
 
     def _lost(self, link: _Link) -> Event | None:
         if self._dialing:

@@ -35,7 +35,7 @@ from splitsec.transports.limits import (
 from splitsec.transports.session import Ended, Opened, Session, State
 from splitsec.transports.testing import FakeClock, lend
 from splitsec.transports.wire import CloseCode, Ready, pack_forward_prefix
-from tests.fuzz.script import Script, mutated
+from tests.fuzz.script import MUTATIONS, Script, mutated
 from tests.fuzz.standin import KEYS, Desk, scaled
 
 SMALL_LANES: Final = {0: 0, 1: 600, 2: 60, 65535: 300}  # lane: bytes of its largest body
@@ -44,7 +44,7 @@ SMALL_WINDOWS: Final = (1024, 384, 4096)
 LARGE_WINDOW: Final = 4 * CHUNK_MAX
 LARGE_SIZES: Final = (0, 1, 1000, 90_000, GATHER_MAX - 1, GATHER_MAX, CHUNK_MAX, CHUNK_MAX + 1, 2 * CHUNK_MAX + 5)
 PAUSES: Final = (0.01, ACK_SECONDS, 0.3, 1.0, 5.0, 11.0, 25.0, 130.0)  # seconds
-STEPS: Final = 255  # as many as one byte says
+STEPS: Final = 250
 LARGE_STEPS: Final = 40
 LINES: Final = 3  # that a story remembers
 PATTERN: Final = random.Random(1).randbytes(4 * CHUNK_MAX)
@@ -52,18 +52,19 @@ PATIENCE: Final = 30  # rounds in which nothing happens
 SIDES: Final = (0, 1)
 
 _LARGE: Final = 14  # one story in sixteen has chunks as large as they are
+_END: Final = 255
 _REAL: Final = 15  # and one has Noise's own handshakes, the first four
 
 _TURNS: Final = (bytes([3, 0]), bytes([3, 1]))  # each end says something, and it arrives
 _MEET: Final = _TURNS * 3
-_SAY: Final = (bytes([0, 0, 1, 3, 1, 40]),)  # end 0 sends, on the second lane, three bytes of header and one piece
+_SAY: Final = (bytes([0, 0, 1, 3, 1, 40, 9]),)  # end 0 sends, on the second lane, three bytes of header and one piece
 _SAY_MUCH: Final = (bytes([0, 0, 1, 3, 1, 250, 9]),)
 _LOSE: Final = (bytes([2, 0, 3]),)  # end 0 says four things, which are under way
 _DIAL: Final = tuple(bytes([8, end]) for end in SIDES)
 
 
 def _seed(*steps: bytes, mode: int = 0, window: int = 0, finish: bytes = b"") -> bytes:
-    return bytes([mode, window, len(steps)]) + b"".join(steps) + finish
+    return bytes([mode, window]) + b"".join(steps) + (bytes([_END]) + finish if finish else b"")
 
 
 SEEDS: Final = (
@@ -77,6 +78,7 @@ SEEDS: Final = (
     _seed(*_MEET, *(bytes([13, 0, 9, *range(9)]), _TURNS[0], bytes([13, 1, 3, 1, 2, 3]), _TURNS[1]) * 4),
     _seed(*_MEET, *(_SAY + _LOSE) * 6, *(bytes([4, 0]), bytes([5, 0])) * 3, bytes([9, 1]), bytes([10, 1, 3])),
     _seed(*_MEET, *_SAY * 5, *_LOSE, _DIAL[0], *_MEET, _DIAL[1], *_MEET, *_TURNS, _DIAL[0], *_MEET),
+    *(_seed(*_MEET, *_SAY * 2, *_LOSE, bytes([6, 0, how, 49, 3, 1]), *_TURNS) for how in range(MUTATIONS)),
     # A full window, taken between the READY of the end that dials and the other's; and the same for who listens.
     _seed(*_MEET, *_SAY_MUCH * 6, *_TURNS * 9, window=1, finish=bytes([1, 0, 0, 0, 0, 0, 0, 0, 1])),
     _seed(*_MEET, *_SAY_MUCH * 6, *_TURNS * 9, window=1, finish=bytes([0, 0, 0, 0, 0, 0, 0, 0, 1])),
@@ -161,20 +163,23 @@ class _Story:
 
     def tell(self) -> None:
         self.dial(0)
-        for _ in range(min(self.script.byte(), STEPS if self.small else LARGE_STEPS)):
-            if not self.script:
+        for _ in range(STEPS if self.small else LARGE_STEPS):
+            if not self.script or not self.step():
                 break
-            self.step()
         self.finish()
 
     # --- what may happen ----------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """One thing; False where the script says that it is enough."""
         script = self.script
-        what = script.below(16)
+        what = script.byte()
+        if what == _END:
+            return False
+        older, what = max(0, what // 16 - 11), what % 16  # the newest line, or now and then one before it
         end = script.below(2)
         me = self.ends[end]
-        line = self.lines[-1 - script.below(len(self.lines))] if what & 1 and len(self.lines) > 1 else self.lines[-1]
+        line = self.lines[-1 - min(older, len(self.lines) - 1)]
         queue = line.queues[end]
         match what:
             case 0 | 1:
@@ -227,6 +232,7 @@ class _Story:
                 self.tampered = True
                 self.deliver(end, line, script.take(script.below(100)))
         self.check(me)
+        return True
 
     def send(self, end: int) -> None:
         script = self.script

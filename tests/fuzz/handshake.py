@@ -41,7 +41,12 @@ KNOWN: Final = frozenset({public_key_of(ALICE), public_key_of(BOB)})
 _HEAD: Final = len(MAGIC) + 1 + SHORT_DIGEST_SIZE  # bytes of a hello before Noise
 MODULUS: Final = 3329  # of ML-KEM; FIPS 203, section 2.4
 
-SEEDS: Final = tuple(bytes([mode, kind, which]) for mode in range(4) for kind in range(4) for which in range(10))
+# Mode (1: with ML-KEM, 2: an answer), then an honest frame, a changed one, one of a hostile peer, or any bytes.
+SEEDS: Final = (
+    *(bytes([mode, kind, which]) for mode in range(4) for kind in range(4) for which in range(10)),
+    # The bit of an ephemeral key that X25519 does not look at.
+    *(bytes([mode, 1, 0, 0, 0, *at, 7]) for mode, at in enumerate([(48,), (0, 48), (32,), (0, 32)])),
+)
 
 
 class Fate(enum.Enum):
@@ -101,11 +106,11 @@ def _hello(script: Script, facts: Facts, post_quantum: bool) -> None:
         assert frame[: len(MAGIC)] == MAGIC, "a stranger that knows nothing got an answer"
     except PeerMisbehaved as error:
         blamed = not isinstance(error, Damaged)
-        assert expected is (Fate.BLAMED if blamed else Fate.NOBODY), f"{expected} became {error!r}"
+        assert expected is (Fate.BLAMED if blamed else Fate.NOBODY), f"{expected!r} became {error!r}"
         assert responder.state is State.FAILED
         assert not [*responder.frames_to_send()]
     else:
-        assert expected == hello.remote_static, f"forged: {expected} was taken"
+        assert expected == hello.remote_static, f"forged: {expected!r} was taken"
         assert responder.state is State.DECIDING
         if script.flag():
             established = responder.accept()

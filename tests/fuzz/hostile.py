@@ -39,20 +39,31 @@ HEADER_MAX: Final = SMALL["HEADER_MAX"]
 SIZES: Final = (0, 1, 2, 16, 17, 59, 60, 61, 63, 64, 65, 100, 101, 600, 601, WINDOW, 2**16, 2**31, 2**32 - 1)
 TOTALS: Final = (0, 1, 2, 5, 60, 61, 600, 601, 2**16, 2**32, 2**63, 2**64 - 1)
 
-# Mode; then steps: a chunk (0: lane, header, body, payload, what is wrong with it), ...
+# Mode; a session, ours listening or dialling, with an honest READY; then steps: a chunk (0 to 3: lane, bytes of header,
+# of body, of payload, what is wrong with it), a message of ours (7: bytes of header, of body), and so on, as below.
+_LISTENS: Final = bytes([0, 0, 0, 0])
+_DIALS: Final = bytes([3, 0, 0, 0])
 _CHUNK: Final = bytes([0, 1, 5, 40, 255, 0])
+_ACKNOWLEDGES: Final = bytes([0, 1, 5, 40, 255, 1])
+_SAY: Final = bytes([7, 20, 9])
+_TAKE: Final = bytes([8])
 SEEDS: Final = (
-    b"\0" + _CHUNK * 6,
-    b"\0" + _CHUNK * 60,
-    b"\0" + bytes(6) * 190,
-    b"\1" + _CHUNK * 6,
-    b"\0" + bytes([0, 1, 5, 200, 30, 0]) * 20,
-    b"\0" + bytes([7, 20, 9, 1, 1, 0, 0]) * 4 + _CHUNK,
-    b"\2\0\0\0" + _CHUNK,
-    b"\0" + (_CHUNK + bytes([8])) * 40,
-    b"\1" + bytes([7, 9, 10, 0, 1, 1, 0, 0, 0, 10, 0, 0, 0, 0]) * 3,
-    *(b"\0" + _CHUNK + bytes([0, 1, 5, 40, 255, wrong, 3]) for wrong in range(16)),
-    *(b"\0" + bytes([1, kind, 0, 0]) + _CHUNK for kind in range(12)),
+    b"\0" + _LISTENS + _CHUNK * 6,
+    b"\0" + _DIALS + _CHUNK * 6,
+    b"\0" + _LISTENS + _CHUNK * 60,  # more than the window allows
+    b"\0" + _LISTENS + bytes(6) * 190,
+    b"\0" + _LISTENS + bytes([0, 1, 5, 200, 30, 0]) * 20,
+    b"\0" + _DIALS + _SAY * 4 + _ACKNOWLEDGES + _SAY * 3 + _ACKNOWLEDGES,
+    b"\0" + _LISTENS + (_CHUNK + _TAKE) * 40,
+    b"\0" + _LISTENS + (_CHUNK + bytes([11])) * 10,
+    b"\0" + _LISTENS + _CHUNK * 3 + (b"\6\0" + _LISTENS + _CHUNK * 3) * 3,  # sessions that end with an empty frame
+    *(b"\0" + _LISTENS + _CHUNK + bytes([0, 1, 5, 40, 255, wrong, 3, 4]) + _CHUNK for wrong in range(160, 256, 8)),
+    *(
+        bytes([mode]) + _LISTENS + bytes([4, kind, 50, *range(50, 100)]) + _CHUNK
+        for mode in (0, 4)
+        for kind in range(10)
+    ),
+    *(b"\0" + bytes([0, 0, wrong, 1, 1, 1]) + _CHUNK + b"\6\0" + _LISTENS + _CHUNK for wrong in range(32)),
 )
 
 
@@ -157,20 +168,26 @@ class _Siege:
         """A chunk that would be right, but for what the script spoils."""
         script = self.script
         lane = script.choose((0, 1, 2, 1, 1, 2, 3, 65535))
-        header_size, body_size, came = self.begun.get(lane, (script.below(12), script.byte(), bytearray()))
+        header_size, body_size, size, wrong = script.below(12), script.byte(), script.byte(), script.byte()
+        header_size, body_size, came = self.begun.get(lane, (header_size, body_size, b""))
         left = header_size + body_size - len(came)
-        size = min(left, script.byte(), SMALL["CHUNK_MAX"])
-        payload = PATTERN[: max(size, min(1, left))]
+        payload = PATTERN[: max(min(1, left), min(left, size, SMALL["CHUNK_MAX"]))]
         header = ChunkHeader(
-            Kind.CHUNK, lane, header_size, body_size, len(payload), self.numbers[lane], self.acknowledged()
+            Kind.CHUNK,
+            lane,
+            header_size,
+            body_size,
+            len(payload),
+            self.numbers[lane],
+            self.acknowledged(bool(wrong & 1)),
         )
-        for _ in range(script.below(16) // 8 * (1 + script.below(2))):
+        if 160 <= wrong < 192:
+            payload = PATTERN[: script.choose(SIZES[:16])]
+            if wrong & 2:
+                header = header._replace(payload_size=len(payload))
+        for _ in range(max(0, wrong - 160) // 32):
             field = script.choose(("kind", "lane", "header_size", "value", "payload_size", "number", "received"))
             header = header._replace(**{field: self.odd(field)})  # type: ignore[arg-type]
-        if script.below(16) == 15:
-            payload = PATTERN[: script.choose(SIZES[:16])]
-            if script.flag():
-                header = header._replace(payload_size=len(payload))
         self.say(header, payload)
 
     def say_ready(self) -> None:
@@ -178,14 +195,14 @@ class _Siege:
         wrong = script.below(32)
         run = script.choose((THEIRS, OURS, NO_RUN)) if wrong & 16 else THEIRS
         known = script.choose((OURS, NO_RUN, THEIRS)) if wrong & 8 else OURS
-        received = self.acknowledged() if not wrong & 4 else script.choose(TOTALS)
+        received = self.acknowledged(script.flag()) if not wrong & 4 else script.choose(TOTALS)
         granted = 2000 if not wrong & 2 else script.choose(TOTALS)
         payload = run + known + (b"x" if wrong == 1 else b"")
         self.say(ChunkHeader(Kind.READY, value=granted, payload_size=len(payload), received=received), payload)
 
     def header(self, kind: int) -> ChunkHeader:
         """A frame of any kind, with fields that are mostly as they should be."""
-        header = ChunkHeader(kind, received=self.acknowledged())  # type: ignore[arg-type]
+        header = ChunkHeader(kind, received=self.acknowledged(self.script.flag()))  # type: ignore[arg-type]
         if kind == Kind.CLOSE:
             header = header._replace(number=self.script.below(10))
         elif kind in (Kind.PING, Kind.PONG, Kind.GRANT):
@@ -207,10 +224,9 @@ class _Siege:
             case _:
                 return script.choose(SIZES)
 
-    def acknowledged(self) -> int:
-        """How many of our chunks the peer may say that it has: sometimes more than before."""
-        channel = self.channel
-        return channel._acked + self.script.below(2) * (channel.unacknowledged - len(channel._again))
+    def acknowledged(self, more: bool) -> int:
+        """How many of our chunks the peer may say that it has: all that it may, if ``more``."""
+        return self.channel._acked + more * len(self.channel._unacked)
 
     def say(self, header: ChunkHeader, payload: bytes = b"") -> None:
         """Seal a frame; where nobody spoilt the size, the header gives that of the payload."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 
 from splitsec.bench.strangers import KINDS, Crowd, bench_strangers
-from splitsec.transports import handshake, hybrid, iothread, sockets
+from splitsec.transports import hybrid, iothread, sockets
 from splitsec.transports.iothread import Opened
 from splitsec.transports.limits import (
     HANDSHAKES_BURST,
@@ -30,7 +30,7 @@ from splitsec.transports.limits import (
     STRANGERS_CONNECTED_MAX,
     STRANGERS_MAX,
 )
-from splitsec.transports.noise import public_key_of
+from splitsec.transports.noise import HandshakeState, public_key_of
 from tests.conftest import SOURCE
 
 from .conftest import DIGEST, GREETING, LANE, PATIENCE, READY, Dialer, Victim, until
@@ -59,7 +59,7 @@ class Costs:
         """ML-KEM."""
         self.in_flight = 0
         """Handshakes, at most."""
-        read, encapsulate = handshake.HandshakeState.read_message, hybrid.EncapsulationKey.encapsulate
+        read, encapsulate = HandshakeState.read_message, hybrid.EncapsulationKey.encapsulate
         add_line = iothread._Driver._add_line
 
         def read_message(self_: Any, *arguments: Any) -> Any:
@@ -76,7 +76,7 @@ class Costs:
             self.in_flight = max(self.in_flight, len(going_on))
             return line
 
-        patch.setattr(handshake.HandshakeState, "read_message", read_message)
+        patch.setattr(HandshakeState, "read_message", read_message)
         patch.setattr(hybrid.EncapsulationKey, "encapsulate", encapsulate_)
         patch.setattr(iothread._Driver, "_add_line", add)
 
@@ -104,7 +104,7 @@ def seen_off(victim: Victim, overheard: bytes, kinds: tuple[str, ...], each: int
         tallies: dict[str, dict[str, int]] = crowd.go()["kinds"]
         driver = victim.io._driver
         (port,) = driver._ports
-        until(lambda: len(port._links) == 1 and not port._strangers, victim)  # type: ignore[attr-defined]
+        until(lambda: len(port._links) == 1 and not port._strangers, victim)
         until(lambda: len(driver._lines) == 1, victim)
         victim.exchanges_with(friend)
     for kind, tally in tallies.items():
@@ -209,14 +209,14 @@ def test_who_comes_late_gets_in_past_a_crowd(victim: Victim, overheard: bytes, l
 
 
 LISTENS: Final = """\
-import json, resource, sys
+import resource, sys
 from splitsec.transports.iothread import Closed, IOThread, Peer, Received
 
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 peer = Peer(bytes.fromhex(sys.argv[1]), lanes={LANE: 1_000_000})
 with IOThread(
     private_key=bytes([1]) * 32, digest=bytes.fromhex(sys.argv[2]), peers=[peer], listen="tcp://127.0.0.1:*"
 ) as io:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     print(io.endpoint, flush=True)
     while not isinstance(event := io.receive(), Closed):
         if isinstance(event, Received):

@@ -77,7 +77,7 @@ class TestZeroMQIpc(TestIpc):
 
 
 def test_no_registered_transport_is_left_out() -> None:
-    assert set(registered()) == {"memory", "tcp", "ipc", "zmq+tcp", "zmq+ipc"}
+    assert set(registered()) == {"memory", "tcp", "ipc", "zmq+tcp", "zmq+ipc", "ws", "wss"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_somebody_elses_transport_is_found_and_cannot_take_our_schemes(monkeypat
     with pytest.raises(LocalProtocolError, match="no Transport"):
         find_transport("wrong://loft")
     with pytest.raises(
-        AddressError, match=r"'smoke://hill'; there are ipc, memory, pigeon, tcp, wrong, zmq\+ipc, zmq\+tcp"
+        AddressError, match=r"'smoke://hill'; there are ipc, memory, pigeon, tcp, wrong, ws, wss, zmq\+ipc, zmq\+tcp"
     ):
         find_transport("smoke://hill")
 

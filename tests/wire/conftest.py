@@ -1,14 +1,15 @@
 """Somebody on the wire: a relay between a party that dials and one that listens, in plain sockets and threads.
 
 Here: ``Tap``, which passes bytes on and remembers them, and ``Attacker``, which knows enough of ZeroMQ's framing (ZMTP
-3.1, https://rfc.zeromq.org/spec/37/) to meddle with single frames and leave the stream in one piece.  Nothing here
-uses code of ours.
+3.1, https://rfc.zeromq.org/spec/37/) to meddle with single frames, of one connection or of all that follow, and leave
+the stream in one piece.  Nothing here uses code of ours.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Final, Literal
 
 import pytest
 
-__all__ = ["Attack", "Attacker", "Direction", "Frame", "Strike", "Tap"]
+__all__ = ["Attack", "Attacker", "Direction", "Frame", "Order", "Strike", "Tap"]
 
 Direction = Literal["to the listener", "to the dialer"]
 Pass = Callable[[bytes], None]
@@ -35,6 +36,8 @@ class Tap:
         """``target``: the port on loopback that calls are passed on to."""
         self.recorded: list[tuple[Direction, bytearray]] = []
         """Direction and all bytes of each connection, both ways, in the order of calls."""
+        self.connections = 0
+        """How many there were."""
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -54,19 +57,20 @@ class Tap:
                 try:
                     called = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                     called.settimeout(None)
-                except OSError:  # nobody listens yet; ZeroMQ will call again
+                except OSError:  # nobody listens yet; the caller will call again
                     caller.close()
                     continue
                 for end in (caller, called):
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += [caller, called]
-                self._follow(self._carry, "to the listener", caller, called)
-                self._follow(self._carry, "to the dialer", called, caller)
+                self.connections += 1
+                self._follow(self._carry, self.connections, "to the listener", caller, called)
+                self._follow(self._carry, self.connections, "to the dialer", called, caller)
 
-    def _carry(self, direction: Direction, source: socket.socket, target: socket.socket) -> None:
+    def _carry(self, number: int, direction: Direction, source: socket.socket, target: socket.socket) -> None:
         taken = bytearray()
         self.recorded.append((direction, taken))
-        through = self.path(direction, target.sendall, source.sendall)
+        through = self.path(number, direction, target.sendall, source.sendall)
         with suppress(OSError):
             while (data := source.recv(1 << 16)) and len(taken) < RECORDED_MOST:
                 taken += data
@@ -75,8 +79,10 @@ class Tap:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def path(self, direction: Direction, onwards: Pass, back: Pass) -> Pass:
-        """What to do with bytes that go in ``direction``.  ``back`` sends bytes to whoever sent them."""
+    def path(self, number: int, direction: Direction, onwards: Pass, back: Pass) -> Pass:
+        """What to do with bytes that go in ``direction`` of connection ``number``, from 1.  ``back`` sends bytes to
+        whoever sent them.
+        """
         return onwards
 
     def close(self) -> None:
@@ -117,19 +123,35 @@ Attack = Callable[[Frame, Strike], bool]
 """Given the frame at its place: does with it what it likes.  False: it wants the next one, too."""
 
 
-class Attacker(Tap):
-    """Lets every frame pass but one: number ``place`` in ``direction``; 0 is the hello, or the answer to it."""
+@dataclass(frozen=True)
+class Order:
+    """Where an attack strikes: at frame ``place`` in ``direction`` (None: both); 0 is the hello, or the answer to it."""
 
-    def __init__(self, target: int, attack: Attack, direction: Direction, place: int) -> None:
+    attack: Attack
+    direction: Direction | None
+    place: int
+    for_ever: bool = False
+    """At every frame from there on, and in every connection that follows: from the same place on."""
+
+
+class Attacker(Tap):
+    """Lets every frame pass but those that it has orders for.  Each order is for a later connection than the one before,
+    the first that has so many frames.
+    """
+
+    def __init__(self, target: int, *orders: Order) -> None:
         super().__init__(target)
         self.struck = threading.Event()
-        """The attack has been carried out."""
-        self._attack = attack
-        self._where = direction, place
+        """All attacks have been carried out, or the one that has no end has begun."""
+        self.struck_at = 0.0
+        """When the last attack was carried out, or the latest of one that has no end; monotonic seconds."""
+        self.done = 0
+        """How many orders have been carried out."""
+        self._orders = orders
+        self._struck_last = 0  # connection
+        self._lock = threading.Lock()
 
-    def path(self, direction: Direction, onwards: Pass, back: Pass) -> Pass:
-        if direction != self._where[0]:
-            return onwards
+    def path(self, number: int, direction: Direction, onwards: Pass, back: Pass) -> Pass:
         unread = bytearray()
         frames: list[Frame] = []
         strike = Strike(frames, onwards, back)
@@ -143,26 +165,41 @@ class Attacker(Tap):
             while size := _whole(unread):
                 flags, raw = unread[0], bytes(unread[:size])
                 del unread[:size]
+                frame = Frame(raw[9 if flags & LONG else 2 :])
                 if flags & COMMAND:
                     onwards(raw)
                     continue
-                frame = Frame(raw[9 if flags & LONG else 2 :])
-                if len(frames) < self._where[1] or self.struck.is_set():
+                repeated = frame in frames[:1]  # a hello is, until it is answered
+                order = self._order(number, direction, 0 if repeated else len(frames))
+                if order is None:
                     onwards(raw)
                 else:
-                    self._strike(frame, strike)
-                frames.append(frame)
+                    self._strike(order, number, frame, strike)
+                if not repeated:
+                    frames.append(frame)
 
         return through
 
-    def _strike(self, frame: Frame, strike: Strike) -> None:
+    def _order(self, number: int, direction: Direction, place: int) -> Order | None:
+        """What is to be done at this place."""
+        with self._lock:
+            if self.done == len(self._orders) or number <= self._struck_last:
+                return None
+            order = self._orders[self.done]
+        return order if order.direction in (None, direction) and place >= order.place else None
+
+    def _strike(self, order: Order, number: int, frame: Frame, strike: Strike) -> None:
+        ends = True
         try:
-            if not self._attack(frame, strike):
-                return
-        except OSError:  # an attack may end the connection
-            self.struck.set()
-            raise
-        self.struck.set()
+            ends = order.attack(frame, strike)
+        finally:  # an attack may end the connection
+            if ends and not order.for_ever:
+                with self._lock:
+                    self.done += 1
+                    self._struck_last = number
+            self.struck_at = time.monotonic()
+            if order.for_ever or self.done == len(self._orders):
+                self.struck.set()
 
 
 def _whole(unread: bytearray) -> int:
