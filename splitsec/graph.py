@@ -202,7 +202,7 @@ def _tcp(text: str, rest: str) -> None:
 
 
 def _is_wildcard(address: str) -> bool:
-    return re.fullmatch(r"tcp://(\*|0\.0\.0\.0|\[(0*:)+(0*|0\.0\.0\.0)\]):[0-9]+", address) is not None
+    return re.match(r"[a-z+]*://(\*|0\.0\.0\.0|\[(0*:)+(0*|0\.0\.0\.0)\])(:[0-9]+)?(/|$)", address) is not None
 
 
 Name = Annotated[str, AfterValidator(_name)]

@@ -178,6 +178,12 @@ def open_guard(
     try:
         thread.start()
     except TransportsError as error:
+        if "cannot listen" not in str(error):
+            raise UserError(
+                f"{name} cannot use its addresses: {error}",
+                expected="addresses in the graph file that this machine can dial or listen at",
+                fix="follow the message; docs/websocket.md says what wss:// needs",
+            ) from error
         raise UserError(
             f"{name} cannot listen at {listen or graph.parties[name].listen}: {error}",
             expected="an address of this machine that nobody else listens at",
@@ -239,9 +245,7 @@ class Party:
         Raises ``PeerUnreachable``, ``PeerRefusedUs``.
         """
         options = self.file.transport_options()
-        self._guard = open_guard(
-            self.graph, self.plan, self._private_key, listen=self.file.listen, options=options
-        )
+        self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen, options=options)
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
         self._guard.on_interrupted = lambda party, why, seconds: self.report(
             {"event": "interrupted", "peer": party, "why": why, "seconds": round(seconds, 1)}

@@ -356,10 +356,6 @@ class _SocketPort(Port):
     def _deafen(self, link: _Link) -> None:
         """Nothing can be sent any more.  What came in before is still read; the end of it is the link's."""
         link.deaf = True
-        link.sent = 0
-        link.refused = -1
-        link.stream.control.clear()
-        self._watch(link)
         with contextlib.suppress(OSError):  # it is shut already
             link.socket.shutdown(socket.SHUT_RDWR)
 

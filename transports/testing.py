@@ -125,8 +125,8 @@ def session_pair(
 ) -> tuple[Session, Session]:
     """A dialer's and a listener's session that know each other's keys; frames are still to be carried.
 
-    Keys and ephemeral keys follow from ``seed``, so that every run is the same (for that, without ML-KEM).  ``channels``: what the two sessions
-    carry from here on, fresh ones or such as earlier sessions have carried.
+    Keys and ephemeral keys follow from ``seed``, so that every run is the same (for that, without ML-KEM).
+    ``channels``: what the two sessions carry from here on, fresh ones or such as earlier sessions have carried.
     """
     secrets = [bytes([seed, end]) * 16 for end in (1, 2)]
     entropy = [_counted(bytes([seed, end])) for end in (3, 4)]
@@ -211,17 +211,17 @@ class TransportConformance(ABC):
         """And the memory of one that arrived stays as it is until the next is asked for."""
         with _Ends(self.address()) as ends:
             memory = bytearray(4096)
-            for number in range(8):  # few enough for every queue
+            for number in range(4):  # few enough for every queue
                 memory[:] = _pattern(number, len(memory))
                 _send(ends.dialing, ends.connection, memory)
                 memory[:] = bytes(len(memory))
-            for number in range(8):
+            for number in range(4):
                 event = _next_event(ends.listening)
                 _send(ends.dialing, ends.connection, _pattern(100 + number, len(memory)))
                 _send(ends.listening, ends.listened, _pattern(200 + number, len(memory)))
                 assert isinstance(event, Arrival)
                 assert event.frame == _pattern(number, len(memory))
-            for number in range(8):
+            for number in range(4):
                 assert ends.next_frame(ends.listening) == _pattern(100 + number, len(memory))
                 assert ends.next_frame(ends.dialing) == _pattern(200 + number, len(memory))
 

@@ -106,7 +106,7 @@ class Stream:
     ) -> None:
         """``frame_max``: bytes of the longest frame taken.  ``read_bytes``: bytes read at once, of whatever comes.
 
-        ``bytes_max``: bytes taken in all; None: no limit.  All three hold until ``trust``.
+        ``bytes_max``: bytes taken in all, after the greeting; None: no limit.  All three hold until ``trust``.
         """
         assert read_bytes >= COMMAND_MAX + HEADER_SIZE_MAX
         self._role = role
@@ -228,8 +228,6 @@ class Stream:
             raise self._failed("a mechanism other than NULL")
         if len(have) < GREETING_SIZE:
             return
-        if self._bytes_left is not None:
-            self._bytes_left -= GREETING_SIZE
         self._start += GREETING_SIZE
         self._state = _State.HANDSHAKE
 

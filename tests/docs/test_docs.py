@@ -77,6 +77,7 @@ def graph() -> Graph:
 
 
 A_STATIC, B_STATIC, A_EPHEMERAL, B_EPHEMERAL = (bytes([value]) * 32 for value in (0xA1, 0xB2, 0x11, 0x22))
+A_RUN, B_RUN = (bytes([value]) * 16 for value in (0xC1, 0xD2))
 
 
 def public(private: bytes) -> bytes:
@@ -103,21 +104,26 @@ def frames(sender: Channel, receiver: Channel) -> list[bytes]:
 
 
 def test_the_frames_of_the_example_are_those_of_our_machines(graph: Graph, example: dict[str, bytes]) -> None:
-    def channel(party: str, handshake: Initiator | Responder) -> Channel:
-        lanes = {number: lane.max_body for (_, number), lane in make_plan(graph, party).lanes_in.items()}
-        window = limits.LINK_WINDOW
-        return Channel(Session(handshake, now=0.0, lost_after=20.0, window=window), lanes, window=window)
-
     bound = digest(graph)
     hybrid = graph.post_quantum
     assert not hybrid
-    clinic = channel("clinic-a", Initiator(A_STATIC, public(B_STATIC), bound, lambda n: A_EPHEMERAL[:n], hybrid))
-    server = channel("server", Responder(B_STATIC, bound, {public(A_STATIC)}, lambda n: B_EPHEMERAL[:n], hybrid))
+
+    def channel(party: str, run: bytes, handshake: Initiator | Responder) -> Channel:
+        lanes = {number: lane.max_body for (_, number), lane in make_plan(graph, party).lanes_in.items()}
+        end = Channel(lanes, run=run, window=limits.LINK_WINDOW)
+        end.carry(Session(handshake, now=0.0, lost_after=20.0, greet=lambda peer, theirs: end.ready()))
+        return end
+
+    dials = Initiator(A_STATIC, public(B_STATIC), bound, lambda n: A_EPHEMERAL[:n], hybrid)
+    listens = Responder(B_STATIC, bound, {public(A_STATIC)}, lambda n: B_EPHEMERAL[:n], hybrid)
+    clinic, server = channel("clinic-a", A_RUN, dials), channel("server", B_RUN, listens)
     assert frames(clinic, server) == [example["hello"]]
     assert frames(server, clinic) == [example["accept"]]
+    assert clinic.session is not None
+    assert server.session is not None
     assert clinic.session.handshake_hash == server.session.handshake_hash == example["handshake-hash"]
     assert frames(clinic, server) == [example["ready-frame"]]
-    assert frames(server, clinic) == [example["grant-frame"]]
+    assert frames(server, clinic) == [example["answer-frame"]]
     counts = {"say": "counts", "stream": 0, "train": 2, "test": 0, "predict": 0}
     for lane, name, message in (
         (0, "counts", Message("control", facts=counts)),
@@ -192,10 +198,10 @@ def unsealed(key: bytes, first: int, frame: bytes) -> tuple[bytes, bytes, int]:
     """Chunk header, payload and the number of the next record, of a frame whose header is record ``first``."""
     assert frame[0] == 3
     cipher = AESGCM(key)
-    header = cipher.decrypt(struct.pack(">4xQ", first), frame[1:41], b"\x03")
-    if len(frame) == 41:
+    header = cipher.decrypt(struct.pack(">4xQ", first), frame[1:49], b"\x03")
+    if len(frame) == 49:
         return header, b"", first + 1
-    return header, cipher.decrypt(struct.pack(">4xQ", first + 1), frame[41:], b""), first + 2
+    return header, cipher.decrypt(struct.pack(">4xQ", first + 1), frame[49:], b""), first + 2
 
 
 def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> None:
@@ -205,19 +211,22 @@ def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> N
     assert (ours, theirs) == (example["key-from-initiator"], example["key-from-responder"])
     assert other.h == example["handshake-hash"]
 
-    assert unsealed(theirs, 0, example["grant-frame"]) == (example["grant-header"], b"", 1)
-    assert unsealed(theirs, 1, example["reply-frame"]) == (example["reply-header"], b"", 2)
+    assert unsealed(theirs, 0, example["answer-frame"]) == (example["answer-header"], example["answer-message"], 2)
+    assert unsealed(theirs, 2, example["reply-frame"]) == (example["reply-header"], b"", 3)
+    assert example["ready-message"] == A_RUN + bytes(16)
+    assert example["answer-message"] == B_RUN + bytes(16)  # nothing has been exchanged yet
     record = 0
     for name in ("ready", "counts", "labels", "activation", "close"):
         header, payload, record = unsealed(ours, record, example[f"{name}-frame"])
         assert header == example[f"{name}-header"]
         assert payload == example.get(f"{name}-message", b"")
-        kind, zero, lane, header_size, value, payload_size, number = struct.unpack(">BBHIQII", header)
-        assert (zero, payload_size, number) == (0, len(payload), 0)
+        kind, zero, lane, header_size, value, payload_size, number, received = struct.unpack(">BBHIQIIQ", header)
+        assert (zero, payload_size, number, received) == (0, len(payload), 0, 0)
         if kind == 2:
             assert header_size + value == len(payload)
             assert lane == {"counts": 0, "labels": 18, "activation": 16}[name]
-    assert record == 8
+    assert record == 9
+    assert struct.unpack(">BBHIQIIQ", example["reply-header"])[-1] == 3  # chunks, all acknowledged
     with pytest.raises(InvalidTag):
         unsealed(ours, 1, example["ready-frame"])
 
@@ -249,8 +258,18 @@ def test_the_limits_are_those_of_the_code() -> None:
         "window of a session over a link": f"{limits.LINK_WINDOW // mib} MiB",
         "window of a forwarded session": f"{limits.WINDOW // mib} MiB",
         "held for one forwarded pair and direction": f"{limits.RELAY_BYTES // mib} MiB",
-        "waiting to be sent to one peer, before an exchange waits": f"{limits.OUTBOX_BYTES // mib} MiB",
-        "frames queued in ZeroMQ for a connection and direction": f"{limits.QUEUED_FRAMES}",
+        "bytes under one key, before the next": f"{limits.REKEY_BYTES >> 30} GiB",
+        "time under one key, before the next": f"{limits.REKEY_SECONDS:g} s",
+        "chunks sent and not acknowledged": f"{limits.UNACKED_CHUNKS:,}",
+        "waiting for one peer, or for its acknowledgement, before an exchange waits": (
+            f"{limits.OUTBOX_BYTES // mib} MiB"
+        ),
+        "frames queued for a connection and direction, with libzmq or in memory": f"{limits.QUEUED_FRAMES}",
+        "strangers connected to a listener": (
+            f"{limits.STRANGERS_CONNECTED_MAX}, or a quarter of the descriptors allowed; then the oldest goes"
+        ),
+        "bytes that a stranger may send": f"{limits.STRANGER_BYTES // 1024} KiB",
+        "time for a stranger to prove a key": f"{limits.STRANGER_SECONDS:g} s",
         "handshakes in flight at a listener": f"{limits.STRANGERS_MAX}; then the oldest is dropped",
         "handshakes that a listener computes": f"{limits.HANDSHAKES_BURST:g} at once, "
         f"{limits.HANDSHAKES_PER_SECOND:g} a second",
@@ -400,6 +419,7 @@ class Recorder:
     def receive(self, timeout: float | None = None) -> None:
         return None
 
+    def close_peer(self, peer: bytes, reason: int, why: str) -> None: ...
     def close(self, reason: int = 0, linger: float = 0) -> None: ...
 
 

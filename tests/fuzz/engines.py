@@ -29,6 +29,13 @@ ATHERIS: Final = "atheris"
 CHANCE: Final = "chance"
 MEMORY: Final = 2 << 30  # bytes that a process may have; an input that makes it ask for more has found something
 EYE: Final = struct.Struct(">QQ")  # inputs done, bytes of the one at work; then the input
+WATCHED: Final = (
+    "splitsec.messages",
+    *(f"splitsec.transports.{name}" for name in ("channel", "handshake", "hybrid", "noise", "record", "session")),
+    *(f"splitsec.transports.{name}" for name in ("wire", "zmtp")),
+    *(f"tests.fuzz.{name}" for name in ("delivery", "hostile", "planted")),  # how far a story got
+)
+"""Modules whose branches atheris looks at.  All of splitsec would take longer to begin, and see no more."""
 _LOOKS: Final = 32  # inputs between two looks at the clock
 
 
@@ -119,7 +126,7 @@ def chance(seeds: Sequence[bytes], seed: int, largest: int) -> Iterator[bytes]:
 def _run_atheris(job: Job, eye: mmap.mmap) -> NoReturn:
     import atheris
 
-    with atheris.instrument_imports(include=["splitsec", *_PLAYS], exclude=["splitsec.transports.noise.patterns"]):
+    with atheris.instrument_imports(include=[*WATCHED]):
         function, seeds = load(job.target)
     begin = Path(job.eye).parent / "seeds"
     begin.mkdir(exist_ok=True)
@@ -140,9 +147,6 @@ def _run_atheris(job: Job, eye: mmap.mmap) -> NoReturn:
     atheris.Setup(arguments, _watched(function, job, eye))
     atheris.Fuzz()
     raise AssertionError("libFuzzer ended on its own")
-
-
-_PLAYS: Final = ("tests.fuzz.delivery", "tests.fuzz.hostile")  # whose own branches say how far a story got
 
 
 if __name__ == "__main__":

@@ -160,9 +160,9 @@ def test_few_bytes_are_taken_from_a_stranger(begin: bytes, victim: Victim) -> No
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as stranger:
             stranger.sendall(begin)
             with suppress(ConnectionError):
-                while taken < 24 << 20:
+                while taken < 16 << 20:
                     taken += stranger.send(flood)
-        assert taken < 24 << 20
+        assert taken < 16 << 20
 
 
 def test_a_guessed_hello_costs_one_opening_at_most_and_no_ml_kem(
@@ -259,9 +259,11 @@ def test_a_listener_without_descriptors_for_all_goes_on(overheard: bytes) -> Non
 
 def test_a_training_does_not_notice() -> None:
     """Two parties in processes of their own, over tcp: in peace, and with 300 strangers from before the client comes
-    until the last weight is written.  (How long it takes is measured elsewhere; the bound here is for a busy machine.)
+    until the last weight is written.  The server may have 128 files and connections open.
+
+    How long it takes is measured elsewhere; the bound here is for a busy machine.
     """
-    report = bench_strangers(strangers=300, rounds=1, steps=500, network="mlp")
+    report = bench_strangers(strangers=300, rounds=1, steps=500, network="mlp", descriptors=128)
     (peace,), (siege,) = report.peace, report.siege
     assert sorted(siege.weights) == ["out/client/stem.safetensors", "out/server/trunk.safetensors"]
     assert report.weights_equal
@@ -270,7 +272,7 @@ def test_a_training_does_not_notice() -> None:
     assert peace.log_lines == 0
     assert siege.log_lines <= LOGS_BURST + 10
     assert report.growth_bytes is not None and report.growth_bytes < 100 << 20
-    assert siege.descriptors is not None and siege.descriptors < STRANGERS_CONNECTED_MAX + 100
+    assert siege.descriptors is not None and siege.descriptors < 128
     assert siege.connect_seconds < 30
     assert siege.seconds < 3 * peace.seconds + 2
     assert json.loads(json.dumps(report.as_json()))["weights_equal"] is True

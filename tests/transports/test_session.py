@@ -1406,7 +1406,7 @@ def mutations(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return mutate
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(PLACES), st.booleans(), st.lists(RUBBISH, min_size=1, max_size=4))
 def test_rubbish_does_nothing_but_end_it(place: tuple[State, bool], post_quantum: bool, frames: list[bytes]) -> None:
     clock = FakeClock()
@@ -1414,7 +1414,7 @@ def test_rubbish_does_nothing_but_end_it(place: tuple[State, bool], post_quantum
     expect_nothing_but_the_end(session, frames, clock)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.sampled_from([case[:3] for case in CASES if case[3] != "misbehaved" and "cut" not in case[2]]),
     st.booleans(),
@@ -1459,7 +1459,7 @@ def authentic(
     return struct.pack(">BBHIQIIQ", kind, zero, lane, 0, value, max(0, size + more), number, value), size
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(PLACES),
     st.lists(

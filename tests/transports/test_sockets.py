@@ -39,6 +39,7 @@ from splitsec.transports.limits import (
     CONNECT_SECONDS,
     FRAME_MAX,
     STRANGER_BYTES,
+    STRANGER_FRAME_MAX,
     STRANGER_READ_BYTES,
     STRANGER_SECONDS,
     STRANGERS_CONNECTED_MAX,
@@ -135,6 +136,11 @@ class Bench:
         for data in said:
             plain.sendall(data)
         return plain
+
+    def hear(self, plain: socket.socket) -> bytes:
+        """What has come."""
+        plain.settimeout(PATIENCE)
+        return plain.recv(65536)
 
     def is_hung_up(self, plain: socket.socket) -> bool:
         """Whether the other side has ended this; what it said before is thrown away."""
@@ -319,7 +325,7 @@ RUBBISH = {
     "a router": ROUTER,
     "an endless READY": DEALER[:64] + b"\6" + b"\xff" * 8 + bytes(100_000),
     "an endless frame": DEALER + b"\2" + b"\xff" * 8 + bytes(100_000),
-    "a frame too long for a stranger": DEALER + frame_header(FRAME_MAX) + bytes(100_000),
+    "a frame too long for a stranger": DEALER + frame_header(STRANGER_FRAME_MAX + 1),
     "many parts": DEALER + b"\1\1a" * 1000,
     "endless pings": DEALER + b"\4\7\4PING\0\0" * 10_000,
     "endless nothing": DEALER + b"\4\5\4PONG" * 10_000,
@@ -336,6 +342,7 @@ def test_rubbish_is_hung_up_on_without_a_word(bench: Bench, case: str, caplog: p
     bench.until(lambda: bench.is_hung_up(plain))
     assert not bench.said[listening]
     assert bench.links(listening) == 0
+    assert listening.deadline() is None
     assert not caplog.records
     bench.meet(listening)  # it listens as before
 
@@ -426,18 +433,20 @@ def test_one_who_sends_without_pause_keeps_nobody_waiting(bench: Bench) -> None:
     calm, second = bench.meet(listening)
     small = frame_header(10) + bytes(10)
     flood = busy._links[0].socket  # type: ignore[attr-defined]
-    flood.setblocking(False)
+    carrier = listening._links[first].socket  # type: ignore[attr-defined]
+    carrier.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    sent = 0
     with suppress(BlockingIOError):
-        for _ in range(100):
-            flood.send(small * 10_000)
-    assert calm.send(0, b"me too")
+        while True:
+            sent += flood.send(small * 10_000)
+    assert sent > 1_500_000
     seen = 0
     while (event := listening.receive()) is None or event.connection == first:
-        seen += 1
-        if seen % 1000 == 0:
-            with suppress(BlockingIOError):
-                flood.send(small * 10_000)
-        assert seen < 100_000
+        if event is not None:
+            seen += 1
+            if seen == 1:  # it is being read already
+                assert calm.send(0, b"me too")
+        assert seen < sent // len(small) - 10_000
     assert event == Arrival(second, memoryview(b"me too"))
 
 
@@ -572,7 +581,10 @@ def test_an_attempt_that_nobody_answers_is_given_up(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("case", ["nothing", "half a greeting", "http", "a dealer", "half of READY"])
-def test_a_listener_that_is_none_of_ours_is_dialed_again(bench: Bench, case: str) -> None:
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_listener_that_is_none_of_ours_is_dialed_again(
+    bench: Bench, family: socket.AddressFamily, case: str, tmp_path: Path
+) -> None:
     """Whether it says something else, or not enough."""
     said = {
         "nothing": b"",
@@ -581,9 +593,12 @@ def test_a_listener_that_is_none_of_ours_is_dialed_again(bench: Bench, case: str
         "a dealer": DEALER,
         "half of READY": ROUTER[:-1],
     }[case]
-    server = socket.create_server(("127.0.0.1", 0))
+    server = socket.socket(family)
+    server.bind(("127.0.0.1", 0) if family == socket.AF_INET else f"{tmp_path}/a.sock")
+    server.listen()
     bench.plain.append(server)
-    dialing = bench.dial("tcp://{}:{}".format(*server.getsockname()))
+    name = server.getsockname()
+    dialing = bench.dial("tcp://{}:{}".format(*name) if family == socket.AF_INET else f"ipc://{name}")
     for _ in range(2):
         accepted, _address = server.accept()
         bench.plain.append(accepted)
@@ -600,6 +615,7 @@ def test_a_listener_that_is_none_of_ours_is_dialed_again(bench: Bench, case: str
         assert not bench.said[dialing]
         due = dialing.deadline()
         assert due is not None
+        assert due < time.monotonic() + 1
         dialing.tick(due)
 
 
@@ -607,7 +623,8 @@ def test_a_name_is_looked_up_by_somebody_else_and_each_time_anew(bench: Bench, m
     """The thread waits for nothing; a peer that has moved is found; of several addresses each is tried."""
     listening = bench.listen()
     host, _, number = listening.endpoint.removeprefix("tcp://").rpartition(":")
-    answers = [OSError("no such host"), [nobody()], [nobody(), (host, int(number)), nobody()]]
+    nowhere = ("255.255.255.255", 1)  # an error at once, where nobody's is one a little later
+    answers = [OSError("no such host"), [nobody()], [nowhere, nobody(), (host, int(number)), nobody()]]
     asked, answer = threading.Semaphore(0), threading.Semaphore(0)
     real = socket.getaddrinfo
 
@@ -738,6 +755,81 @@ def test_a_transport_waits_no_longer_than_it_is_told(bench: Bench) -> None:
     assert time.monotonic() < began + 2
 
 
+def test_a_frame_that_is_too_long_is_not_even_begun(bench: Bench) -> None:
+    """And the connection is over, whatever the peer would have taken."""
+    listening = bench.listen()
+    plain = bench.stranger(listening, DEALER + b"\0\5hello")
+    connection, _ = bench.frame(listening)
+    assert listening.send(connection, bytes(FRAME_MAX + 1))
+    assert listening.send(connection, b"too late")
+    assert bench.next(listening) == Disconnected(connection)
+    assert bench.hear(plain) == ROUTER
+    assert plain.recv(1) == b""
+
+
+def test_a_pong_waits_for_the_frame_that_is_under_way(bench: Bench) -> None:
+    """And leaves when there is room, though nobody sends anything more."""
+    listening = bench.listen()
+    plain = bench.stranger(listening, DEALER + b"\0\5hello")
+    connection, _ = bench.frame(listening)
+    listening.trust(connection)
+    frame = bytes(100_000)
+    taken = 0
+    while listening.send(connection, frame):
+        taken += 1
+    plain.sendall(b"\4\x0c\4PING\0\x64hello" + b"\0\2on")
+    assert bench.frame(listening) == (connection, b"on")
+    expected = ROUTER + (frame_header(len(frame)) + frame) * (taken + 1) + b"\4\x0a\4PONGhello"
+    got = bytearray()
+    offered = True
+
+    def everything() -> bool:
+        nonlocal offered
+        with suppress(BlockingIOError):
+            got.extend(plain.recv(1 << 20))
+        if offered and listening.send(connection, frame):
+            offered = False
+        return len(got) >= len(expected)
+
+    plain.setblocking(False)
+    bench.until(everything)
+    assert got == expected
+    assert not is_readable(listening), "it would spin"
+
+
+@pytest.mark.parametrize("local", ["tcp://127.0.0.1:*", "ipc://{}/a.sock"])
+def test_what_was_taken_gets_there_before_hanging_up(bench: Bench, local: str, tmp_path: Path) -> None:
+    """With something unread on both sides."""
+    listening = bench.listen(local.format(tmp_path))
+    dialing, connection = bench.meet(listening)
+    taken = 0
+    while listening.send(connection, pattern(taken, 100_000)):
+        taken += 1
+    assert dialing.send(0, bytes(1000))
+    listening.hang_up(connection)
+    for number in range(taken):
+        assert bench.frame(dialing) == (0, pattern(number, 100_000))
+    assert bench.next(dialing) == Disconnected(0)
+
+
+def test_nothing_that_was_read_already_is_told_after_hanging_up(bench: Bench) -> None:
+    """Be it in the buffer, or known to be in the socket."""
+    listening = bench.listen()
+    for size in (10, 100_000):
+        dialing, connection = bench.meet(listening)
+        carrier = listening._links[connection].socket  # type: ignore[attr-defined]
+        carrier.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        flood = dialing._links[0].socket  # type: ignore[attr-defined]
+        flood.setblocking(True)
+        flood.sendall((frame_header(10) + bytes(10)) * (size // 10))
+        while (event := listening.receive()) is None:
+            pass
+        assert isinstance(event, Arrival)
+        listening.hang_up(connection)
+        for _ in range(5):
+            assert listening.receive() is None
+
+
 def test_hanging_up_in_the_middle_of_a_frame(bench: Bench) -> None:
     listening = bench.listen()
     dialing, connection = bench.meet(listening)
@@ -780,9 +872,16 @@ def test_a_quiet_port_is_not_readable(bench: Bench) -> None:
         bench.frame(listening)
         bench.send(listening, connection, bytes(size))
         bench.frame(dialing)
+    taken = 0
+    while dialing.send(0, bytes(FRAME_MAX)):
+        taken += 1
+    bench.send(dialing, 0, bytes(FRAME_MAX))
+    for _ in range(taken + 1):
+        bench.frame(listening)
     for port in (listening, dialing):
-        while is_readable(port):
+        for _ in range(5):  # the last acknowledgements
             assert port.receive() is None
+        assert not is_readable(port)
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

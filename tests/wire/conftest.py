@@ -136,24 +136,27 @@ class Order:
 
 class Attacker(Tap):
     """Lets every frame pass but those that it has orders for.  Each order is for a later connection than the one before,
-    the first that has so many frames.
+    the first that has so many frames, and is done when that connection ends.
     """
 
     def __init__(self, target: int, *orders: Order) -> None:
         super().__init__(target)
+        self.frames: dict[tuple[int, Direction], list[Frame]] = {}
+        """All frames of each connection, as they came."""
         self.struck = threading.Event()
         """All attacks have been carried out, or the one that has no end has begun."""
         self.struck_at = 0.0
-        """When the last attack was carried out, or the latest of one that has no end; monotonic seconds."""
+        """When the last attack was carried out, or the one that has no end began; monotonic seconds."""
         self.done = 0
         """How many orders have been carried out."""
         self._orders = orders
-        self._struck_last = 0  # connection
+        self._begun = 0  # connection that the order in hand is carried out in
+        self._struck_last = 0  # the one of the order before
         self._lock = threading.Lock()
 
     def path(self, number: int, direction: Direction, onwards: Pass, back: Pass) -> Pass:
         unread = bytearray()
-        frames: list[Frame] = []
+        frames = self.frames[number, direction] = []
         strike = Strike(frames, onwards, back)
         greeting = GREETING  # bytes of it that have not passed; each side sends it in parts, and waits between them
 
@@ -174,7 +177,7 @@ class Attacker(Tap):
                 if order is None:
                     onwards(raw)
                 else:
-                    self._strike(order, number, frame, strike)
+                    self._strike(order, frame, strike)
                 if not repeated:
                     frames.append(frame)
 
@@ -183,23 +186,34 @@ class Attacker(Tap):
     def _order(self, number: int, direction: Direction, place: int) -> Order | None:
         """What is to be done at this place."""
         with self._lock:
+            if self.done < len(self._orders) and 0 < self._begun < number and not self._orders[self.done].for_ever:
+                self._next()  # the connection has ended before the attack was over
             if self.done == len(self._orders) or number <= self._struck_last:
                 return None
             order = self._orders[self.done]
-        return order if order.direction in (None, direction) and place >= order.place else None
+            if order.direction not in (None, direction) or place < order.place:
+                return None
+            if not self._begun:
+                self._begun = number
+                self.struck_at = time.monotonic()
+            if order.for_ever:
+                self.struck.set()
+            return order
 
-    def _strike(self, order: Order, number: int, frame: Frame, strike: Strike) -> None:
+    def _strike(self, order: Order, frame: Frame, strike: Strike) -> None:
         ends = True
         try:
             ends = order.attack(frame, strike)
         finally:  # an attack may end the connection
             if ends and not order.for_ever:
                 with self._lock:
-                    self.done += 1
-                    self._struck_last = number
-            self.struck_at = time.monotonic()
-            if order.for_ever or self.done == len(self._orders):
-                self.struck.set()
+                    self._next()
+
+    def _next(self) -> None:
+        self.done += 1
+        self._struck_last, self._begun = self._begun, 0
+        if self.done == len(self._orders):
+            self.struck.set()
 
 
 def _whole(unread: bytearray) -> int:
