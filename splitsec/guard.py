@@ -132,7 +132,9 @@ class Guard:
             waits = declared.kind == "exchange"
             self._thread.send(self._keys[declared.peer], declared.number, header, body, wait=waits)
         except below.TransportsError as error:
-            raise self._peer_error(declared.peer, error) from error
+            while self.wait(timeout=0):  # what the peer said when it left may still wait to be read
+                pass
+            raise self._gone.get(declared.peer) or self._peer_error(declared.peer, error) from error
         passed = self.traffic[lane]
         size = sum(part.nbytes for part in body)
         passed.messages += 1

@@ -158,8 +158,8 @@ SMALL_BLOCK: Final = 16 << 10
 """Bytes below which fresh memory costs less than looking for a block to use again."""
 
 INLINE_MAX: Final = GATHER_MAX
-"""Bytes of a message that a computing thread seals and sends itself, where nothing else waits: 20 us of cipher and 30 us
-of copying at most, against some 50 us to wake the I/O thread."""
+"""Bytes of a message that a computing thread seals and sends itself, where nothing else waits: 20 us of cipher and 30
+us of copying at most, against some 50 us to wake the I/O thread."""
 
 REST_SECONDS: Final = 0.002
 """Seconds that the I/O thread leaves its work to a computing thread that has just been given a message.  Where that one

@@ -60,8 +60,8 @@ class Followed:
                 self.bars.update(task, description="waits for the others")
             case "interrupted":
                 self._line(
-                    f"{party}: the connection with {event['peer']} broke ({event['why']}); nothing is lost, trying again "
-                    f"for {event['seconds']:g} s"
+                    f"{party}: the connection with {event['peer']} broke ({event['why']}); nothing is lost, "
+                    f"trying again for {event['seconds']:g} s"
                 )
             case "resumed":
                 self._line(f"{party}: connected with {event['peer']} again")

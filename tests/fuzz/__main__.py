@@ -8,8 +8,8 @@ a failure.  Not here: what is fuzzed (``targets``) and how (``engines``).
     python -m tests.fuzz --target record --replay out/fuzz/record-1f2e3d4c.bin [--shrink]
 
 With atheris installed (``pip install splitsec[fuzz]``; Linux on x86-64) inputs follow the code's branches; without it
-they are left to chance, and a line says so.  The same seed gives the same inputs with chance; with atheris, too, as
-long as the code is the same.
+they are left to chance, and a line says so.  The same seed gives the same inputs with chance; with atheris it does as
+long as not a line of the code changes, so keep the file of what failed.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _watched(function: Function, job: Job, eye: mmap.mmap) -> Function:
 def chance(seeds: Sequence[bytes], seed: int, largest: int) -> Iterator[bytes]:
     """Inputs without end, the same for the same ``seed``: all seeds, then changed seeds and random bytes."""
     yield b""
-    yield from seeds
+    yield from (data[:largest] for data in seeds)
     source = random.Random(seed)
     while True:
         data = bytearray(source.choice(seeds) if seeds and source.random() < 0.7 else b"")

@@ -22,14 +22,14 @@ from tests.fuzz.script import Script, mutated
 
 NAMES: Final = (*DTYPES, "float8", "", "complex64")
 EXTENTS: Final = (0, 1, 2, 3, 4, 7, 64, 2**16, 2**31, 2**39, 2**40 - 1, 2**40, 2**63, 2**64 - 1, -1, -(2**63))
-NESTED: Final = ([], {}, [[[]]], {"a": {"b": []}}, {1: 2})
+NESTED: Final[tuple[Any, ...]] = ([], {}, [[[]]], {"a": {"b": []}}, {1: 2})
 ODD: Final[tuple[Any, ...]] = (None, True, 1.5, float("nan"), -1, 2**64 - 1, "x", b"x", *NESTED)
 KINDS: Final = ("activation", "gradient", "", "\U0001f600", "x" * 300)
 HEADER_SIZES: Final = (0, 0, 0, 0, 0, 0, 0, 1000, 1 << 16, HEADER_MAX)  # bytes, at least
 
 torch.set_num_threads(1)
 
-_TENSORS: Final = (
+_TENSORS: Final[tuple[dict[str, torch.Tensor], ...]] = (
     {},
     {"": torch.arange(6.0).view(2, 3)},
     {"": torch.arange(6.0).view(2, 3).t(), "m": torch.tensor([True, False])},

@@ -37,7 +37,7 @@ TARGETS: Final = MappingProxyType(
         "delivery": Target(
             "tests.fuzz.delivery:delivery", 120, 1500, "two honest ends and a wire that does what it likes"
         ),
-        "hostile": Target("tests.fuzz.hostile:hostile", 200, 1000, "a peer that holds the session's keys and lies"),
+        "hostile": Target("tests.fuzz.hostile:hostile", 200, 1500, "a peer that holds the session's keys and lies"),
         "handshake": Target(
             "tests.fuzz.handshake:handshake", 120, 1500, "strangers, replays and hostile peers at hello"
         ),

@@ -62,6 +62,11 @@ def test_the_targets_share_what_there_is() -> None:
     assert sum(target.share for target in TARGETS.values()) == 1000
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_seed_is_longer_than_an_input(name: str) -> None:
+    assert max(map(len, load(name)[1])) <= TARGETS[name].largest
+
+
 def test_it_runs_as_many_inputs_as_it_was_told(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "--inputs", "1000", "--target", "record", "--target", "tests.fuzz.planted:nothing")
     assert code == 0

@@ -20,8 +20,8 @@ from splitsec.transports.limits import (
     UNACKED_CHUNKS,
     WINDOW,
 )
-from splitsec.transports.session import Session
-from splitsec.transports.testing import FakeClock, Wire, session_pair
+from splitsec.transports.session import Opened, Session
+from splitsec.transports.testing import FakeClock, Wire, lend, session_pair
 from splitsec.transports.wire import NO_RUN, Ready
 
 LANES = {1: 40 << 20, 2: 100_000}
@@ -256,6 +256,47 @@ def test_who_acknowledges_what_was_never_sent_misbehaves(claim: int) -> None:
     pair.wire.collect(1)
     with pytest.raises(PeerMisbehaved, match="chunks; between 0 and 0 can be"):
         pair.wire.deliver(1)
+
+
+def test_what_is_taken_between_our_ready_and_theirs_is_granted() -> None:
+    pair = Pair(window=4000)
+    pair.run()
+    pair.right.send(Outgoing(1, b"", [bytes(4000 - MESSAGE_COST)]))
+    pair.run()  # the window is full, and nobody has taken the message yet
+    wire = pair.meet()
+    for end in (0, 1):  # hello, accept
+        wire.collect(end)
+        wire.deliver(end)
+    wire.collect(0)  # READY
+    pair.left.taken(4000)
+    pair.run()
+    pair.right.send(Outgoing(1, b"", [bytes(4000 - MESSAGE_COST)]))
+    pair.run()
+    assert len(pair.got[0]) == 2
+
+
+def test_the_same_where_the_channel_is_carried_only_once_it_is_open() -> None:
+    """As the I/O thread does it."""
+    pair = Pair(window=4000)
+    pair.run()
+    pair.right.send(Outgoing(1, b"", [bytes(4000 - MESSAGE_COST)]))
+    pair.run()
+    ends = (pair.left, pair.right)
+    sessions = session_pair(pair.clock.now, channels=ends, seed=99)
+    pair.detach()
+    for sender, receiver in ((0, 1), (1, 0), (0, 1), (1, 0)):
+        for frame in list(sessions[sender].frames_to_send(lend)):
+            for event in sessions[receiver].receive(memoryview(frame), pair.clock.now):
+                assert isinstance(event, Opened)
+                ends[receiver].carry(sessions[receiver])
+                ends[receiver].opened(event.ready)
+        if (sender, receiver) == (0, 1):
+            pair.left.taken(2000)  # at last its session is CONFIRMING, and the channel not carried
+    assert pair.left.is_open
+    pair.wire = Wire(*ends, pair.clock)
+    pair.right.send(Outgoing(1, b"", [bytes(4000 - MESSAGE_COST)]))
+    pair.run()
+    assert len(pair.got[0]) == 2
 
 
 # Whose channel it is.

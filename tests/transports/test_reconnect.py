@@ -211,7 +211,7 @@ def test_two_peers_talk_through_a_third_over_broken_connections(party: Make) -> 
 
 
 def chaos(party: Make, seed: int, *, count: int, drops: int, trouble: Trouble) -> None:
-    """``count`` numbered messages of mixed sizes in both directions together, over a line on which everything happens."""
+    """``count`` numbered messages of mixed sizes in both directions together, over a line where everything happens."""
     print(f"chaos seed {seed}")  # seen where the test fails: run it again with SPLITSEC_CHAOS_SEED
     pair = Troubled(party, trouble, seed, lost_after=5.0, gone_after=60.0)
     chance = random.Random(seed)

@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from splitsec.errors import PeerError, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable, SplitsecError
+from splitsec.errors import PeerLost, PeerRefusedUs, PeerUnreachable, SplitsecError
 from splitsec.graph import load_graph
 from splitsec.guard import Guard
 from splitsec.identity import public_of, public_text
@@ -33,8 +33,8 @@ from splitsec.party import Job, run_party
 from splitsec.partyfile import load_party
 from splitsec.transports.iothread import Received
 from splitsec.transports.trouble import Trouble, TroubledProxy
-from tests.conftest import PATIENCE, Shell, free_port, keyed, replaced, write_folder
-from tests.wire.conftest import MORE, Attack, Attacker, Direction, Frame, Order, Strike, Tap
+from tests.conftest import change, free_port, replaced, write_folder
+from tests.wire.conftest import MORE, Attack, Attacker, Direction, Frame, Order, Strike
 
 PAIR = """\
 splitsec: 1
@@ -688,3 +688,37 @@ def test_a_training_that_is_cut_short_is_never_taken_for_whole(
             else:
                 assert run.written[file] == pair.run.written[file]
     assert any(run.failed for _, run, _ in cut)
+
+
+# --- three parties, on a bad line
+
+
+@pytest.fixture(scope="module")
+def ring(passed: Passed, tmp_path_factory: pytest.TempPathFactory) -> Peace:
+    """Two clinics that take turns, and hand the weights on through the server."""
+    folder = write_folder(tmp_path_factory.mktemp("ring") / "ring", RING)
+    for clinic in ("clinic-a", "clinic-b"):  # what is handed on is weights and the optimizer's memory
+        change(folder / "parties" / f"{clinic}.yaml", ("lr: 0.1", "lr: 0.1, momentum: 0.9"))
+    return Peace(folder, RING)
+
+
+LINES = {
+    "drops": Trouble(every=12_000, drop=1, delay=0, split=0),
+    "drops early": Trouble(every=4_000, drop=1, delay=0, split=0),
+    "everything": Trouble(every=6_000, drop=1, delay=1, split=1, repeat=1, alter=1),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_breaks_again_and_again_changes_no_bit(line: str, ring: Peace, passed: Passed) -> None:
+    number = 6000 + list(LINES).index(line)
+    here = free_port()
+    with TroubledProxy(here, LINES[line], number) as proxy:
+        text = ring.text.replace("HERE", str(here)).replace("TAP", str(proxy.port))
+        run = run_all(ring.folder, number, text, ring.begin)
+    assert len(ring.run.written) == 3
+    went_on(number, run, ring, passed)
+    assert proxy.mishaps["drop"] + proxy.mishaps["alter"] + proxy.mishaps["repeat"] >= 5
+    assert proxy.connections >= 2 + 5
+    assert len(run.broke("server")) >= 5
+    assert {other for party in run.said for other in run.told_of(party)} == {"clinic-a", "clinic-b", "server"}
