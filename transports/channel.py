@@ -330,6 +330,8 @@ class Channel:
         """The session is open, and the peer says where it stands.  Restarted where it is another channel's end;
         PeerMisbehaved where it has received what was never sent.
         """
+        if theirs.run == NO_RUN:
+            raise PeerMisbehaved("its end of the channel has no name")
         if not self.fits(theirs):
             raise Restarted("the other side was started anew, and has lost what was exchanged with its earlier start")
         if not 0 <= theirs.received - self._acked <= len(self._again):

@@ -53,6 +53,7 @@ __all__ = [
     "Initiator",
     "Responder",
     "State",
+    "wants_computing",
 ]
 
 # On the wire.
@@ -144,6 +145,12 @@ class Established:
     handshake_hash: bytes  # 32 bytes, the same on both sides, different for every session
     send_key: bytes = field(repr=False)  # AES-256-GCM, 32 bytes; the peer's receive_key
     receive_key: bytes = field(repr=False)
+
+
+def wants_computing(frame: Frame, digest: bytes) -> bool:
+    """Whether a first frame looks so much like a hello for the contract of ``digest`` that keys have to be computed."""
+    beginning = _HELLO.pack(MAGIC, VERSION, digest[:SHORT_DIGEST_SIZE])
+    return len(frame) >= _HELLO_SIZE and bytes(frame[: len(beginning)]) == beginning
 
 
 # Machines.

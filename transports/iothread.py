@@ -44,7 +44,7 @@ from splitsec.transports.errors import (
     Restarted,
     TransportsError,
 )
-from splitsec.transports.handshake import MAGIC, MAX_FRAME, Initiator, Responder
+from splitsec.transports.handshake import MAGIC, MAX_FRAME, Initiator, Responder, wants_computing
 from splitsec.transports.limits import (
     BURST_FRAMES,
     BUSY_RETRY_SECONDS,
@@ -582,6 +582,7 @@ class _Driver:
         self._now = 0.0
         self._wake_at = 0.0
         self._handshakes = _Bucket(HANDSHAKES_PER_SECOND, HANDSHAKES_BURST)
+        self._refusals = _Bucket(HANDSHAKES_PER_SECOND, HANDSHAKES_BURST)  # of hellos that need no computing
         self._logs = _Bucket(LOGS_PER_SECOND, LOGS_BURST)
         self._turn = threading.Lock()  # held by whoever touches machines and ports
         self._gate = threading.Lock()  # the I/O thread rests here
@@ -820,7 +821,7 @@ class _Driver:
                 continue
             if now >= state.gone_by:
                 if state.opened:
-                    why = f"the peer is gone: no connection for {self._timeouts.gone:g} s"
+                    why = f"the peer is gone: no connection that lasted for {self._timeouts.gone:g} s"
                 else:
                     why = f"the peer did not come up within {self._timeouts.connect:g} s"
                 self._give_up(state, Lost(why + state.last_try), CloseCode.LOST)
@@ -1035,7 +1036,8 @@ class _Driver:
             if port is not None:
                 port.hang_up(connection)
             return
-        if not self._handshakes.take(self._now):
+        bucket = self._handshakes if wants_computing(frame, self._digest) else self._refusals
+        if not bucket.take(self._now):
             self._log_stranger("ignored a hello: too many of late")
             return
         strangers = [line for line in self._lines.values() if line.known is None and line.forget_at == _FOREVER]

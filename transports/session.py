@@ -290,6 +290,8 @@ class Session:
             return self._receive_answer(frame, now)
         if bytes(frame) == self._heard_clear:
             return []  # a path that repeats hellos may do it once too often
+        if bytes(frame) == bytes([FrameType.UNKNOWN]):
+            raise Damaged("the far end has lost this session")
         raise Damaged(f"a handshake frame to a session that is {self._state.value}")
 
     def _receive_hello(self, frame: memoryview, now: float) -> list[Event]:

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, final
@@ -422,6 +422,7 @@ class _ListeningPort(_SocketPort):
         self._inode = path.stat().st_ino if path is not None else 0  # nobody else's while we have it open
         self._number = 0
         self._strangers: dict[Hashable, _Link] = {}  # the oldest first
+        self._hosts: dict[Hashable, object] = {}  # where each of them comes from
         self._strangers_max = min(STRANGERS_CONNECTED_MAX, max(8, _descriptors_allowed() // 4))
         self._accept_at: float | None = None
         self._selector.register(listener, selectors.EVENT_READ, None)
@@ -429,6 +430,7 @@ class _ListeningPort(_SocketPort):
     def trust(self, connection: Hashable) -> None:
         super().trust(connection)
         self._strangers.pop(connection, None)
+        self._hosts.pop(connection, None)
 
     def deadline(self) -> float | None:
         due = self._accept_at
@@ -455,21 +457,21 @@ class _ListeningPort(_SocketPort):
         due = time.monotonic() + STRANGER_SECONDS
         for count in range(_ACCEPTS):
             try:
-                accepted, _address = self._listener.accept()
+                accepted, address = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in _NO_ROOM and count:
                     return  # said before it looks whether somebody waits; the selector knows
                 if error.errno in _NO_ROOM and self._strangers:
-                    self._drop(next(iter(self._strangers.values())))
+                    self._drop(self._least_welcome())
                     return
                 if error.errno in _NO_ROOM:
                     self._rest(due - STRANGER_SECONDS + ACCEPT_PAUSE_SECONDS)
                     return
                 continue  # that one is gone before it was here
             while len(self._strangers) >= self._strangers_max:
-                self._drop(next(iter(self._strangers.values())))
+                self._drop(self._least_welcome())
             self._number += 1
             stream = Stream(
                 Role.LISTENS,
@@ -485,14 +487,22 @@ class _ListeningPort(_SocketPort):
                 accepted.close()
             else:
                 self._strangers[link.connection] = link
+                self._hosts[link.connection] = address[0] if isinstance(address, tuple) else address
 
     def _rest(self, until: float) -> None:
         """No descriptor is left for one more connection; those that wait keep."""
         self._selector.unregister(self._listener)
         self._accept_at = until
 
+    def _least_welcome(self) -> _Link:
+        """The oldest stranger of the host that has the most of them: one machine keeps nobody else out."""
+        crowd = Counter(self._hosts[connection] for connection in self._strangers)
+        most = max(crowd.values())
+        return next(link for link in self._strangers.values() if crowd[self._hosts[link.connection]] == most)
+
     def _drop(self, stranger: _Link) -> None:
         del self._strangers[stranger.connection]
+        del self._hosts[stranger.connection]
         if stranger.known:
             self._end(stranger)
         else:
@@ -504,6 +514,7 @@ class _ListeningPort(_SocketPort):
     def _forget(self, link: _Link) -> None:
         super()._forget(link)
         self._strangers.pop(link.connection, None)
+        self._hosts.pop(link.connection, None)
 
     def _stop(self) -> None:
         if self._path is not None:

@@ -45,7 +45,7 @@ __all__ = ["KINDS", "Crowd", "Report", "Run", "add_arguments", "bench_strangers"
 
 STRANGERS: Final = 2000
 ROUNDS: Final = 3
-STEPS: Final = 300
+STEPS: Final = 120
 NETWORK: Final = "cnn-small"
 
 AT_MOST: Final = 1.5

@@ -359,6 +359,11 @@ def test_a_ready_that_claims_too_much_or_takes_back_is_refused(received: int) ->
         pair.left.opened(Ready(pair.right.run, pair.left.run, received, 0))
 
 
+def test_a_peer_without_a_run_is_refused() -> None:
+    with pytest.raises(PeerMisbehaved, match="no name"):
+        channel(1).opened(Ready(NO_RUN, NO_RUN, 0, 0))
+
+
 # New keys.
 
 

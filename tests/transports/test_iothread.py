@@ -458,7 +458,7 @@ def test_a_peer_that_is_killed_is_missed_at_once_and_given_up_in_time(party: Mak
         closed = a.next()
         assert isinstance(closed, Closed)
         assert isinstance(closed.error, Lost)
-        assert "the peer is gone: no connection for 1 s; the last try ended so:" in str(closed.error)
+        assert "the peer is gone: no connection that lasted for 1 s; the last try ended so:" in str(closed.error)
         assert closed.code is CloseCode.LOST
         assert 0.9 < time.monotonic() - killed < 3
         process.communicate()

@@ -99,7 +99,7 @@ def test_a_peer_that_is_gone_is_given_up_after_the_time_given(troubled: Callable
         closed = side.next()
         assert isinstance(closed, Closed)
         assert isinstance(closed.error, Lost)
-        assert "the peer is gone: no connection for 0.6 s" in str(closed.error)
+        assert "the peer is gone: no connection that lasted for 0.6 s" in str(closed.error)
         assert 0.5 < time.monotonic() - began < 5
         with pytest.raises(Lost):
             side.io.send(closed.peer, 1, b"?")

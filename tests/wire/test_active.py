@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from splitsec.identity import public_of, public_text
 from splitsec.messages import Message, encode
 from splitsec.party import Job, run_party
 from splitsec.partyfile import load_party
+from splitsec.transports import iothread
 from splitsec.transports.iothread import Received
 from splitsec.transports.trouble import Trouble, TroubledProxy
 from tests.conftest import change, free_port, replaced, write_folder
@@ -656,7 +657,7 @@ def test_an_attack_without_end_ends_the_run_in_the_time_that_the_graph_gives(
         assert error.party == other
         assert run.broke(party)
         assert run.ends[party] - tap.struck_at < 2 * 2 + 1 + AT_ONCE  # twice where one direction got on first
-    assert any("was lost: the peer is gone: no connection for 2 s" in error.seen for error in run.failed.values())
+    assert any("was lost: the peer is gone: no connection that lasted for 2 s" in error.seen for error in run.failed.values())
 
 
 @pytest.mark.parametrize("direction", ["to the listener", "to the dialer"])
@@ -702,23 +703,109 @@ def ring(passed: Passed, tmp_path_factory: pytest.TempPathFactory) -> Peace:
     return Peace(folder, RING)
 
 
-LINES = {
-    "drops": Trouble(every=12_000, drop=1, delay=0, split=0),
-    "drops early": Trouble(every=4_000, drop=1, delay=0, split=0),
-    "everything": Trouble(every=6_000, drop=1, delay=1, split=1, repeat=1, alter=1),
+DROPS = Trouble(every=15_000, drop=1, delay=0, split=0)
+EVERYTHING = Trouble(every=10_000, drop=1, delay=1, split=1, repeat=1, alter=1)
+LINES = [(DROPS, 1), (DROPS, 2), (EVERYTHING, 3), (EVERYTHING, 4)]
+"""What goes wrong, and the seed that says where: in handshakes as well, and in what the server forwards."""
+
+
+@pytest.fixture(scope="module")
+def bad_lines(ring: Peace) -> list[tuple[Run, TroubledProxy]]:
+    """A run over each, side by side."""
+
+    def run(line: Trouble, seed: int) -> tuple[Run, TroubledProxy]:
+        here = free_port()
+        with TroubledProxy(here, line, seed) as proxy:
+            text = ring.text.replace("HERE", str(here)).replace("TAP", str(proxy.port))
+            return run_all(ring.folder, 6000 + seed, text, ring.begin), proxy
+
+    with ThreadPoolExecutor(len(LINES)) as pool:
+        return list(pool.map(run, *zip(*LINES, strict=True)))
+
+
+@pytest.mark.parametrize("line", range(len(LINES)))
+def test_a_line_that_breaks_again_and_again_changes_no_bit(
+    line: int, bad_lines: list[tuple[Run, TroubledProxy]], ring: Peace, passed: Passed
+) -> None:
+    (run, proxy), number = bad_lines[line], 6000 + LINES[line][1]
+    assert len(ring.run.written) == 3
+    went_on(number, run, ring, passed)
+    handed_on = [lane for lane in passed.into if lane[:3] == (number, "clinic-a", "clinic-b")]
+    assert any(len(passed.into[lane]) > 5 for lane in handed_on)
+    assert proxy.connections >= 2 + 4
+    assert sum(proxy.mishaps[kind] for kind in ("drop", "repeat", "alter")) >= 4
+    assert sum(len(run.broke(party)) for party in run.said) >= 2 * 4
+
+
+# --- who forwards
+
+
+def forwarding(patch: pytest.MonkeyPatch, meddle: Callable[[bytearray, Callable[[bytearray], bool]], bool]) -> None:
+    """Have the server treat frames that it forwards so.  What it holds is the prefix of 40 bytes, and a frame."""
+    put = iothread._Passage.put
+    patch.setattr(iothread._Passage, "put", lambda passage, frame: meddle(frame, lambda other: put(passage, other)))
+
+
+SEALED_TYPE = 3
+"""First byte of a sealed frame."""
+
+WEIGHTS_MORE_THAN = 40 + 200
+"""Bytes; no other sealed frame between clinics is so long."""
+
+MEDDLE: dict[str, Callable[[bytearray, Callable[[bytearray], bool]], object]] = {
+    "drop": lambda frame, put: None,
+    "alter": lambda frame, put: put(frame[:-1] + bytes([frame[-1] ^ 1])),
+    "repeat": lambda frame, put: (put(bytearray(frame)), put(frame)),
+    "truncate": lambda frame, put: put(frame[:-1]),
 }
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_a_line_that_breaks_again_and_again_changes_no_bit(line: str, ring: Peace, passed: Passed) -> None:
-    number = 6000 + list(LINES).index(line)
-    here = free_port()
-    with TroubledProxy(here, LINES[line], number) as proxy:
-        text = ring.text.replace("HERE", str(here)).replace("TAP", str(proxy.port))
-        run = run_all(ring.folder, number, text, ring.begin)
-    assert len(ring.run.written) == 3
+@pytest.mark.parametrize("how", MEDDLE)
+def test_a_forwarder_that_meddles_changes_no_bit(
+    how: str, ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so with the weights themselves, each fourth time that it has some in hand."""
+    number = 7000 + list(MEDDLE).index(how)
+    seen: list[int] = []
+
+    def meddle(frame: bytearray, put: Callable[[bytearray], bool]) -> bool:
+        if frame[40] == SEALED_TYPE and len(frame) > WEIGHTS_MORE_THAN:
+            seen.append(len(frame))
+            if len(seen) % 4 == 1:
+                MEDDLE[how](frame, put)
+                return True
+        return put(frame)
+
+    forwarding(monkeypatch, meddle)
+    run, tap = ring.attacked(number)
     went_on(number, run, ring, passed)
-    assert proxy.mishaps["drop"] + proxy.mishaps["alter"] + proxy.mishaps["repeat"] >= 5
-    assert proxy.connections >= 2 + 5
-    assert len(run.broke("server")) >= 5
-    assert {other for party in run.said for other in run.told_of(party)} == {"clinic-a", "clinic-b", "server"}
+    assert len(seen) > 15  # weights are handed on after each turn, and again where they did not arrive
+    assert tap.connections == 2  # its own connections are as they were
+    for party, other in (("clinic-a", "clinic-b"), ("clinic-b", "clinic-a")):
+        assert any(event["event"] == "interrupted" and event["peer"] == other for event in run.said[party])
+
+
+def test_a_forwarder_that_stops_ends_the_run(ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own connections are alive all the while."""
+    stopped: list[float] = []
+    seen: list[int] = []
+
+    def meddle(frame: bytearray, put: Callable[[bytearray], bool]) -> bool:
+        seen.append(len(frame))
+        if len(seen) < 15:
+            return put(frame)
+        stopped.append(time.monotonic())
+        return True
+
+    forwarding(monkeypatch, meddle)
+    run, tap = ring.attacked(7100, changes=[GONE])
+    assert run.ended
+    assert run.written == {}
+    assert passed.all_that_arrived_was_sent(7100)
+    assert sorted(run.failed) == ["clinic-a", "clinic-b", "server"]
+    assert tap.connections == 2
+    for party, error in run.failed.items():
+        assert isinstance(error, PeerLost) and error.exit_code == 4
+        assert run.ends[party] - stopped[0] < 1 + 2 + AT_ONCE
+    gone = [error for error in run.failed.values() if "the peer is gone: no connection that lasted for 2 s" in error.seen]
+    assert gone and all(error.party in ("clinic-a", "clinic-b") for error in gone)
