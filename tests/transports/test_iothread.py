@@ -26,6 +26,7 @@ from splitsec.transports.limits import FRAME_MAX, LOGS_BURST
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Session
 from splitsec.transports.testing import lend
+from splitsec.transports.wire import NO_RUN, Ready
 
 from .conftest import PATIENCE, Party
 
@@ -314,7 +315,8 @@ def test_a_stranger_who_was_put_out_cannot_come_back_on_the_same_line(
         sessions = []
         for stranger in (slow, late):
             stranger.connect(a.io.endpoint or "")
-            session = Session(Initiator(b.private_key, a.key, bytes(32)), now=0, lost_after=20)
+            handshake = Initiator(b.private_key, a.key, bytes(32))
+            session = Session(handshake, now=0, lost_after=20, greet=lambda *_: Ready(b"b" * 16, NO_RUN, 0, 0))
             for frame in session.frames_to_send(lend):
                 stranger.send(frame)
             session.receive(memoryview(stranger.recv()), 0)

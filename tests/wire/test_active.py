@@ -34,8 +34,8 @@ from splitsec.partyfile import load_party
 from splitsec.transports import iothread
 from splitsec.transports.iothread import Received
 from splitsec.transports.trouble import Trouble, TroubledProxy
-from tests.conftest import change, free_port, replaced, write_folder
-from tests.wire.conftest import MORE, Attack, Attacker, Direction, Frame, Order, Strike
+from tests.conftest import Shell, change, free_port, keyed, replaced, write_folder
+from tests.wire.conftest import MORE, Attack, Attacker, Direction, Frame, Order, Strike, Tap
 
 PAIR = """\
 splitsec: 1
@@ -657,7 +657,9 @@ def test_an_attack_without_end_ends_the_run_in_the_time_that_the_graph_gives(
         assert error.party == other
         assert run.broke(party)
         assert run.ends[party] - tap.struck_at < 2 * 2 + 1 + AT_ONCE  # twice where one direction got on first
-    assert any("was lost: the peer is gone: no connection that lasted for 2 s" in error.seen for error in run.failed.values())
+    assert any(
+        "was lost: the peer is gone: no connection that lasted for 2 s" in error.seen for error in run.failed.values()
+    )
 
 
 @pytest.mark.parametrize("direction", ["to the listener", "to the dialer"])
@@ -764,14 +766,14 @@ MEDDLE: dict[str, Callable[[bytearray, Callable[[bytearray], bool]], object]] = 
 def test_a_forwarder_that_meddles_changes_no_bit(
     how: str, ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does so with the weights themselves, each fourth time that it has some in hand."""
+    """It does so with the weights themselves, each sixth time that it has some in hand."""
     number = 7000 + list(MEDDLE).index(how)
     seen: list[int] = []
 
     def meddle(frame: bytearray, put: Callable[[bytearray], bool]) -> bool:
         if frame[40] == SEALED_TYPE and len(frame) > WEIGHTS_MORE_THAN:
             seen.append(len(frame))
-            if len(seen) % 4 == 1:
+            if len(seen) % 6 == 1:
                 MEDDLE[how](frame, put)
                 return True
         return put(frame)
@@ -798,14 +800,50 @@ def test_a_forwarder_that_stops_ends_the_run(ring: Peace, passed: Passed, monkey
         return True
 
     forwarding(monkeypatch, meddle)
-    run, tap = ring.attacked(7100, changes=[GONE])
+    run, _ = ring.attacked(7100, changes=[GONE])
     assert run.ended
     assert run.written == {}
     assert passed.all_that_arrived_was_sent(7100)
     assert sorted(run.failed) == ["clinic-a", "clinic-b", "server"]
-    assert tap.connections == 2
     for party, error in run.failed.items():
         assert isinstance(error, PeerLost) and error.exit_code == 4
         assert run.ends[party] - stopped[0] < 1 + 2 + AT_ONCE
-    gone = [error for error in run.failed.values() if "the peer is gone: no connection that lasted for 2 s" in error.seen]
+    gone = [
+        error for error in run.failed.values() if "the peer is gone: no connection that lasted for 2 s" in error.seen
+    ]
     assert gone and all(error.party in ("clinic-a", "clinic-b") for error in gone)
+
+
+# --- two parties in processes
+
+
+@pytest.mark.parametrize("name", ["flip the last bit", "drop"])
+def test_an_attack_on_processes(name: str, shell: Shell, tmp_path: Path, pair: Peace, taps: list[Tap]) -> None:
+    """Both operators read that the connection broke and was made again; the weights are those of a run in peace."""
+    here = free_port()
+    tap = Attacker(here, Order(ATTACKS[name], "to the listener", 15))
+    taps.append(tap)
+    graph = replaced(PAIR.replace("HERE", str(here)).replace("TAP", str(tap.port)), ("connect: 40", "connect: 90"))
+    folder = keyed(shell, write_folder(tmp_path / "pair", graph, clinics=["clinic"]), "clinic", "server")
+    out = tmp_path / "out"
+    commands = {
+        party: shell.start(
+            "join", "--graph", folder / "graph.yaml", "--party", party, "--weights", pair.begin, "--out", out
+        )
+        for party in ("server", "clinic")
+    }
+    for command in commands.values():
+        end = command.end()
+        assert end.code == 0, end.stderr
+        assert "Traceback" not in end.stderr
+    assert tap.done == 1
+    server, clinic = (" ".join(commands[party].err.text.split()) for party in ("server", "clinic"))
+    damaged = "a record that is altered, or not the next one"
+    keys = {name: party.key for name, party in load_graph(folder / "graph.yaml").parties.items()}
+    assert f"the connection with {keys['clinic']} broke: {damaged}; trying again for 30 s" in server
+    assert f"server: the connection with clinic broke ({damaged}); nothing is lost, trying again for 30 s" in server
+    assert "server: connected with clinic again" in server
+    assert f"the connection with {keys['server']} broke: " in clinic
+    assert "clinic: the connection with server broke (" in clinic
+    assert "clinic: connected with server again" in clinic
+    assert {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")} == pair.run.written
