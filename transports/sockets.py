@@ -72,7 +72,8 @@ _DISCARDS: Final = 512  # reads of what nobody wants any more, when a connection
 _FEW_DISCARDS: Final = 4  # the same, where it is ended at once: whoever goes on sending may lose our last words
 _LEAVING_MAX: Final = 64  # connections that are over but for what is still to be sent
 _LEAVING_PAUSE: Final = 0.005  # seconds
-_IPC_SEND_BUFFER: Final = 1 << 20  # bytes
+_IPC_SEND_BUFFER: Final = 1 << 20  # bytes: a frame fits, which then takes one call and one wake-up
+_LOOPBACK_SEND_BUFFER: Final = 256 << 10  # bytes: between two processes of one machine more only leaves the cache
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)  # an error is enough, whatever the program does about SIGPIPE
 
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -482,6 +483,7 @@ class _ListeningPort(_SocketPort):
             link = _Link(self._number, accepted, stream, due)
             try:
                 _prepare(accepted)
+                _suit(accepted, accepted.getsockname(), address)
                 self._add(link)
             except OSError:
                 accepted.close()
@@ -637,8 +639,10 @@ class _DialingPort(_SocketPort):
         """Somebody is there; now ZMTP's handshake.  False: it is gone again."""
         due = time.monotonic() + CONNECT_SECONDS
         try:
-            if carrier.family != socket.AF_UNIX and carrier.getsockname() == carrier.getpeername():
+            here, there = carrier.getsockname(), carrier.getpeername()
+            if here == there and here:
                 return False  # nobody listens, and the kernel has connected the socket to itself
+            _suit(carrier, here, there)
             self._add(_Link(_ONLY, carrier, Stream(Role.DIALS), due))
         except OSError:
             return False
@@ -838,7 +842,6 @@ def _prepare(carrier: socket.socket) -> None:
     """A connection's socket, as we want it."""
     carrier.setblocking(False)
     if carrier.family == socket.AF_UNIX:
-        # A frame fits, so that it takes one call and one wake-up.  tcp is left to the kernel, which does it by itself.
         carrier.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _IPC_SEND_BUFFER)
     else:
         carrier.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -850,6 +853,12 @@ def _descriptors_allowed() -> int:
         return 1 << 16
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 16 if soft == resource.RLIM_INFINITY else soft
+
+
+def _suit(carrier: socket.socket, here: _Address, there: _Address) -> None:
+    """Fit the send buffer to the distance.  Across a network the kernel does that by itself, and better."""
+    if carrier.family != socket.AF_UNIX and here[0] == there[0]:
+        carrier.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOOPBACK_SEND_BUFFER)
 
 
 def _discard(carrier: socket.socket, reads: int = _FEW_DISCARDS) -> bool:

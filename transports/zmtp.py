@@ -46,6 +46,7 @@ _PROPERTY_SIZE: Final = struct.Struct(">I")
 HEADER_SIZE_MAX: Final = _LONG_HEADER.size
 _SHORT_MAX: Final = 255
 _PING_CONTEXT_MAX: Final = 16
+_COMMAND_COST: Final = 2048  # bytes that a command counts beside its own, of a stranger: a few will do
 _PING_TTL: Final = 2  # bytes
 
 
@@ -203,13 +204,14 @@ class Stream:
             if size > (COMMAND_MAX if flags & _COMMAND else self._frame_max):
                 raise self._failed(f"{'a command' if flags & _COMMAND else 'a frame'} of {size} bytes")
             whole = head + size
-            if self._bytes_left is not None and whole > self._bytes_left:
+            cost = whole + (_COMMAND_COST if flags & _COMMAND and not handshake else 0)
+            if self._bytes_left is not None and cost > self._bytes_left:
                 raise self._failed("more bytes than a stranger may send")
             if whole > have:
                 self._need = whole
                 return None
             if self._bytes_left is not None:
-                self._bytes_left -= whole
+                self._bytes_left -= cost
             self._start = start + whole
             body = self._view[start + head : start + whole]
             if handshake or not flags & _COMMAND:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,7 @@ from splitsec.messaging import Line, open_line
 from splitsec.plan import exchange_lane
 from splitsec.transports import iothread
 from splitsec.transports.errors import Lost
+from splitsec.transports.errors import PeerMisbehaved as TransportsMisbehaved
 from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Peer, Received
 from splitsec.transports.limits import FORWARD_PREFIX, HEADER_MAX
 from splitsec.transports.wire import NO_RUN, ChunkHeader, Kind, Ready, pack_chunk_header, pack_ready
@@ -434,6 +436,36 @@ def test_who_asks_to_be_passed_on_to_a_stranger_ends_its_own_channel(caplog: pyt
             assert victim.receive(PATIENCE) == Received(key[2], LANE, b"here", memoryview(b""))
             victim.send(key[2], LANE, b"there")
             assert honest.receive(PATIENCE) == Received(key[1], LANE, b"there", memoryview(b""))
+
+
+# --- while the victim computes, and takes nothing
+
+
+def test_a_flood_of_empty_messages_is_bounded_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They have no bytes for the window to count, but each takes memory until somebody takes it."""
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(iothread, "LINK_WINDOW", WINDOW)
+    victim = Victim()
+    try:
+        with victim.dialer() as friend, BadPeer(victim.address, bytes([3]) * 32, victim.key, DIGEST) as offender:
+            friend.comes_in()
+            assert victim.next() == Opened(friend.key)
+            offender.comes_in()
+            with suppress(ConnectionError):
+                for number in range(WINDOW // 100):
+                    offender.message(LANE, b"", number=number)
+            taken = []
+            while not isinstance(event := victim.next(), Closed):
+                taken.append(event)
+            assert taken[0] == Opened(event.peer) and len(taken) < WINDOW // 100
+            assert isinstance(event.error, TransportsMisbehaved) and "window" in str(event.error)
+            assert event.code is CloseCode.MISBEHAVED
+            assert len(caplog.records) == 1
+            victim.exchanges_with(friend)
+    finally:
+        victim.close()
 
 
 # --- before READY

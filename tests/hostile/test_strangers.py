@@ -170,7 +170,7 @@ def test_few_bytes_are_taken_from_a_stranger(begin: bytes, victim: Victim) -> No
 def test_who_only_asks_gets_few_answers(victim: Victim, overheard: bytes) -> None:
     """PINGs without end: each is good, and all of them are too many."""
     tally = seen_off(victim, overheard, ("endless pings",), 10)["endless pings"]
-    assert MET < tally["heard_most"] <= STRANGER_BYTES
+    assert tally["heard_most"] <= STRANGER_BYTES
 
 
 def test_a_guessed_hello_costs_one_opening_at_most_and_no_ml_kem(

@@ -1,7 +1,8 @@
 """Parties that join one by one, as in a pilot: each a process of its own, with its own key file.
 
-Two that fit train to the same weights as a simulation.  One that does not is refused with the reason, at its own end
-and in the log of the party that refuses.
+Two that fit train to the same weights as a simulation, also where one of them stands still for a while.  One that does
+not fit is refused with the reason, at its own end and in the log of the party that refuses.  Where one ends, or is
+started anew, all end with an error that names it, and keep nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +38,33 @@ cuts:
 labels:
   - {from: clinic, to: trunk}
 training: {epochs: 3, batch_size: 7, seed: 11}
-timeouts: {connect: 60, lost: 5}
+timeouts: {connect: 60, lost: 5, gone: 60}
+"""
+
+RING = """\
+splitsec: 1
+name: ring
+parties:
+  clinic-a: {}
+  clinic-b: {}
+  server: {listen: "tcp://127.0.0.1:PORT"}
+groups:
+  clinics: {members: [clinic-a, clinic-b], schedule: round_robin}
+segments:
+  stem: {at: clinics, data: x}
+  trunk: {at: server, loss: cross_entropy}
+cuts:
+  - {from: stem, to: trunk, shape: [8], dtype: float32}
+labels:
+  - {from: clinics, to: trunk}
+training: {epochs: 1000000, batch_size: 7, seed: 11}
+timeouts: {connect: 60, lost: 1, gone: 3}
 """
 
 REFUSED = "handshake refused by the peer"
 
 SECONDS = 15.0
-"""Within which a refusal reaches the one who is refused; it takes a fraction of one on an idle machine."""
+"""Within which all that is due at once has happened; it takes a fraction of one on an idle machine."""
 
 
 @pytest.fixture
@@ -57,6 +78,16 @@ def join(shell: Shell, folder: Path, party: str, *more: str | Path, graph: Path 
     return shell.start("join", "--graph", graph or folder / "graph.yaml", "--party", party, *more)
 
 
+def same_weights(out: Path, expected: Path) -> None:
+    """What the clinic and the server wrote to ``out`` is what a simulation wrote to ``expected``, to the last bit."""
+    files = sorted(file.relative_to(out) for file in out.rglob("*.*"))
+    assert files == [Path("clinic/stem.safetensors"), Path("server/trunk.safetensors")]
+    for file in files:
+        joined, simulated = load_file(out / file), load_file(expected / file)
+        assert joined.keys() == simulated.keys() and len(joined) == 2
+        assert all(torch.equal(joined[name], simulated[name]) for name in joined)
+
+
 def test_what_was_simulated_is_what_is_piloted(shell: Shell, pair: Path) -> None:
     """Two parties join, with real keys; their weights are those of a simulation of the same folder, to the last bit."""
     out = pair.parent / "joined"
@@ -67,14 +98,10 @@ def test_what_was_simulated_is_what_is_piloted(shell: Shell, pair: Path) -> None
         assert end.code == 0, end.stderr
         assert end.stdout.startswith(f"what left {name} ")
         assert f"{name}: wrote" in end.stderr
+        assert "broke" not in end.stderr
     simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
     assert simulated.code == 0, simulated.stderr
-    files = sorted(file.relative_to(out) for file in out.rglob("*.*"))
-    assert files == [Path("clinic/stem.safetensors"), Path("server/trunk.safetensors")]
-    for file in files:
-        joined, expected = load_file(out / file), load_file(pair.parent / "simulated" / file)
-        assert joined.keys() == expected.keys() and len(joined) == 2
-        assert all(torch.equal(joined[name], expected[name]) for name in joined)
+    same_weights(out, pair.parent / "simulated")
 
 
 def test_a_graph_that_differs_by_one_character(shell: Shell, pair: Path) -> None:
@@ -143,19 +170,116 @@ def test_the_other_party_never_joins(shell: Shell, pair: Path) -> None:
     assert re.search(r"^splitsec: clinic: did not come up.* within 2 s$", end.stderr, re.MULTILINE)
 
 
-def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, pair: Path) -> None:
-    """The other one says which party was lost, and keeps nothing."""
-    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"))
+def words(text: str) -> str:
+    """What a terminal has broken into lines, in one."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("party", ["clinic", "server"])
+def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, pair: Path, party: str) -> None:
+    """The other one says at once that the connection broke, tries for as long as the graph says, then says which party
+    was lost, and keeps nothing.
+    """
+    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"), ("gone: 60", "gone: 2"))
     out = pair.parent / "out"
-    server = join(shell, pair, "server", "--out", out)
-    clinic = join(shell, pair, "clinic", "--out", out)
+    commands = {name: join(shell, pair, name, "--out", out) for name in ("server", "clinic")}
     shell.hear("step", "clinic", "3")
-    os.kill(clinic.pid, signal.SIGKILL)
-    end = server.end()
+    os.kill(commands[party].pid, signal.SIGKILL)
+    (other,) = (name for name in commands if name != party)
+    commands[other].err.line_with(f"{other}: the connection with {party} broke", SECONDS)
+    end = commands[other].end(2 + SECONDS)
     assert end.code == 4
-    assert end.seconds < SECONDS
-    assert re.search(r"\nsplitsec: clinic: was lost: ", end.stderr)
+    assert end.seconds > 1
+    assert "nothing is lost, trying again for 2 s" in words(end.stderr)
+    assert f"\nsplitsec: {party}: was lost: the peer is gone: no connection that lasted for 2 s" in end.stderr
+    assert f"look whether {party} still runs and is connected" in end.stderr
+    assert "Traceback" not in end.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("party", ["clinic-b", "server"])
+def test_one_of_three_is_killed(shell: Shell, tmp_path: Path, party: str) -> None:
+    """Also the server, through whom the clinics talk: both others end, and name a party that is not themselves."""
+    graph = RING.replace("PORT", str(free_port()))
+    names = ("clinic-a", "clinic-b", "server")
+    folder = keyed(shell, write_folder(tmp_path / "ring", graph), *names)
+    commands = {name: join(shell, folder, name, "--out", tmp_path / "out") for name in names}
+    shell.hear("step", "clinic-b", "3")
+    os.kill(commands.pop(party).pid, signal.SIGKILL)
+    ends = {}
+    for name, command in commands.items():
+        command.err.line_with(f"{name}: the connection with {party} broke", SECONDS)
+    for name, command in commands.items():
+        ends[name] = end = command.end(3 + SECONDS)
+        assert end.code == 4, end.stderr
+        assert re.search(rf"\nsplitsec: (?!{name})[a-z-]+: ", end.stderr)
+        assert "Traceback" not in end.stderr
+    assert any(f"\nsplitsec: {party}: was lost: the peer is gone: no connection" in end.stderr for end in ends.values())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("party", ["clinic", "server"])
+def test_a_party_that_is_killed_and_started_anew(shell: Shell, pair: Path, party: str) -> None:
+    """What it had exchanged is lost with it: the other one ends with an error, so does it, and all start again.
+
+    A server that was started anew waits for a clinic that was, too; then both train from the first step on.
+    """
+    change(pair / "graph.yaml", ("epochs: 3", "epochs: 60"))
+    out = pair.parent / "out"
+    server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
+    shell.hear("step", "clinic", "3")
+    killed, other = (clinic, server) if party == "clinic" else (server, clinic)
+    os.kill(killed.pid, signal.SIGKILL)
+    anew = join(shell, pair, party, "--out", out)
+    name = "server" if party == "clinic" else "clinic"
+    end = other.end()
+    assert end.code == 4
+    assert f"{name}: the connection with {party} broke" in end.stderr
+    assert restarted(party, end.stderr)
+    assert not out.exists()
+    if party == "clinic":
+        end = anew.end()
+        assert end.code == 4
+        assert restarted("server", end.stderr)
+        assert not out.exists()
+        return
+    assert join(shell, pair, "clinic", "--out", out).end().code == 0
+    assert anew.end().code == 0
+    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
+    assert simulated.code == 0, simulated.stderr
+    same_weights(out, pair.parent / "simulated")
+
+
+def restarted(party: str, stderr: str) -> bool:
+    """Whether it ended so."""
+    assert "Traceback" not in stderr
+    return (
+        re.search(rf"^splitsec: {party}: cannot go on: .* was exchanged", stderr, re.MULTILINE) is not None
+        and "then start all parties again" in stderr
+    )
+
+
+@pytest.mark.parametrize("party", ["clinic", "server"])
+def test_a_party_that_stands_still_for_a_while(shell: Shell, pair: Path, party: str) -> None:
+    """For longer than a connection may be silent: then both find it broken, make another, and train to the same
+    weights as without.
+    """
+    change(pair / "graph.yaml", ("epochs: 3", "epochs: 60"), ("lost: 5", "lost: 1"))
+    out = pair.parent / "out"
+    commands = {name: join(shell, pair, name, "--out", out) for name in ("server", "clinic")}
+    shell.hear("step", "clinic", "3")
+    os.kill(commands[party].pid, signal.SIGSTOP)
+    (other,) = (name for name in commands if name != party)
+    line = commands[other].err.line_with(f"{other}: the connection with {party} broke")
+    assert "nothing was heard for 1 s" in line
+    os.kill(commands[party].pid, signal.SIGCONT)
+    for name, command in commands.items():
+        end = command.end()
+        assert end.code == 0, end.stderr
+        assert f"{name}: connected with {({'clinic', 'server'} - {name}).pop()} again" in end.stderr
+    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
+    assert simulated.code == 0, simulated.stderr
+    same_weights(out, pair.parent / "simulated")
 
 
 def test_ctrl_c_at_one_party(shell: Shell, pair: Path) -> None:

@@ -125,7 +125,7 @@ Attack = Callable[[Frame, Strike], bool]
 
 @dataclass(frozen=True)
 class Order:
-    """Where an attack strikes: at frame ``place`` in ``direction`` (None: both); 0 is the hello, or the answer to it."""
+    """Where an attack strikes: at frame ``place`` in ``direction`` (None: both).  0 is the hello, or the answer."""
 
     attack: Attack
     direction: Direction | None
@@ -135,8 +135,10 @@ class Order:
 
 
 class Attacker(Tap):
-    """Lets every frame pass but those that it has orders for.  Each order is for a later connection than the one before,
-    the first that has so many frames, and is done when that connection ends.
+    """Lets every frame pass but those that it has orders for.
+
+    Each order is for a later connection than the one before, the first that has so many frames, and is done at the
+    latest when that connection ends.
     """
 
     def __init__(self, target: int, *orders: Order) -> None:
