@@ -719,19 +719,21 @@ class _Driver:
         self.rests = True
         while True:
             self._turn.release()
-            called = self._gate.acquire(timeout=REST_SECONDS)
+            self._gate.acquire(timeout=REST_SECONDS)
             self._turn.acquire()
-            if called or not self._leads:
+            if not self._leads:  # two must not wait at the selector: one of them would miss what the other takes
                 self.rests = False
                 return
 
     def lead(self, until: float) -> None:
         """A computing thread's, while it waits for an event: the I/O thread's work, without waking it."""
         self._leads = True
+        busy = False
         try:
             with self._turn:
                 while self.rests and self._owner._events.empty() and self._closing is None and self._fault is None:
-                    if not self._step() and self._owner._events.empty():
+                    busy = self._step()
+                    if not busy and self._owner._events.empty():
                         self._sleep(until)
                         if time.monotonic() >= until:
                             break
@@ -740,7 +742,7 @@ class _Driver:
         finally:
             self._leads = False
             self._owner._asleep = True
-            if self._owner._commands or self._closing is not None or self._fault is not None:
+            if busy or self._owner._commands or self._closing is not None or self._fault is not None:
                 self.stir()
 
     def stir(self) -> bool:

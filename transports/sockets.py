@@ -61,7 +61,7 @@ from splitsec.transports.limits import (
 )
 from splitsec.transports.zmtp import Role, Stream, frame_header
 
-__all__ = ["SocketTransport", "claim_path"]
+__all__ = ["SocketTransport"]
 
 _ONLY: Final = 0  # the one connection of a dialing port
 _BACKLOG: Final = 1024  # connections that wait to be accepted: everybody may start at once
@@ -797,7 +797,7 @@ _IPC_PLACE_MAX: Final = 107 if sys.platform == "linux" else 103  # bytes; sockad
 def _listen_ipc(address: str) -> tuple[socket.socket, str, Path | None]:
     place = _ipc_place(address, "listen at")
     path = None if place.startswith("\0") else Path(place)
-    if path is not None and claim_path(path, address):
+    if path is not None and _claim_path(path, address):
         path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -808,7 +808,7 @@ def _listen_ipc(address: str) -> tuple[socket.socket, str, Path | None]:
     return listener, address, path
 
 
-def claim_path(path: Path, address: str) -> bool:
+def _claim_path(path: Path, address: str) -> bool:
     """Make the folder of a socket, closed to others; True: what is at ``path`` is a socket that nobody listens at.
 
     AddressError where there is a file, or somebody who listens.

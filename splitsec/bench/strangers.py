@@ -304,7 +304,7 @@ class _Mob:
         self._connected = self._connected_most = 0
         self._met = 0
         self._put_out: set[int] = set()  # those that were hung up on, or left, at least once
-        self._own_address = True
+        self._own_address = sys.platform == "linux"
 
     def run(self) -> None:
         """Until standard input closes."""
@@ -382,7 +382,7 @@ class _Mob:
             try:
                 data = carrier.recv(1 << 16)
             except BlockingIOError:
-                data = b"?"
+                return
             except OSError:
                 data = b""
             if not data:
@@ -485,6 +485,7 @@ class _Mob:
 def _be_a_crowd() -> None:
     """What the crowd's process does: standard input describes it, and ends it."""
     die_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     assignment = json.loads(sys.stdin.readline())
 
     def tell(event: str, **values: Any) -> None:
@@ -1074,11 +1075,11 @@ def main() -> int:
     if sys.argv[1:] == [CROWD]:
         _be_a_crowd()
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the others, and clear away
     parser = argparse.ArgumentParser(prog="splitsec bench strangers", description=DESCRIPTION)
     add_arguments(parser)
     return run(parser.parse_args())
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     sys.exit(main())

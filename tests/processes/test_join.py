@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ cuts:
   - {from: stem, to: trunk, shape: [8], dtype: float32}
 labels:
   - {from: clinic, to: trunk}
-training: {epochs: 3, batch_size: 7, seed: 11}
+training: {epochs: 60, batch_size: 7, seed: 11}
 timeouts: {connect: 60, lost: 5, gone: 60}
 """
 
@@ -67,6 +68,21 @@ SECONDS = 15.0
 """Within which all that is due at once has happened; it takes a fraction of one on an idle machine."""
 
 
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A folder with keys, to be used as it is, and what a simulation of it wrote."""
+    place = tmp_path_factory.mktemp("simulated")
+    shell = Shell(place)
+    try:
+        graph = PAIR.replace("PORT", str(free_port()))
+        folder = keyed(shell, write_folder(place / "pair", graph, clinics=["clinic"]), "clinic", "server")
+        end = shell.run("simulate", folder, "--out", place / "out", "--quiet")
+        assert end.code == 0, end.stderr
+        yield folder, place / "out"
+    finally:
+        shell.close()
+
+
 @pytest.fixture
 def pair(shell: Shell, tmp_path: Path) -> Path:
     """A folder with keys: the clinic dials, the server listens on loopback."""
@@ -88,20 +104,18 @@ def same_weights(out: Path, expected: Path) -> None:
         assert all(torch.equal(joined[name], simulated[name]) for name in joined)
 
 
-def test_what_was_simulated_is_what_is_piloted(shell: Shell, pair: Path) -> None:
+def test_what_was_simulated_is_what_is_piloted(shell: Shell, tmp_path: Path, simulated: tuple[Path, Path]) -> None:
     """Two parties join, with real keys; their weights are those of a simulation of the same folder, to the last bit."""
-    out = pair.parent / "joined"
-    server = join(shell, pair, "server", "--out", out)
-    clinic = join(shell, pair, str(pair / "parties" / "clinic.yaml"), "--out", out)
+    (folder, expected), out = simulated, tmp_path / "joined"
+    server = join(shell, folder, "server", "--out", out)
+    clinic = join(shell, folder, str(folder / "parties" / "clinic.yaml"), "--out", out)
     for name, command in (("clinic", clinic), ("server", server)):
         end = command.end()
         assert end.code == 0, end.stderr
         assert end.stdout.startswith(f"what left {name} ")
         assert f"{name}: wrote" in end.stderr
         assert "broke" not in end.stderr
-    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
-    assert simulated.code == 0, simulated.stderr
-    same_weights(out, pair.parent / "simulated")
+    same_weights(out, expected)
 
 
 def test_a_graph_that_differs_by_one_character(shell: Shell, pair: Path) -> None:
@@ -180,7 +194,7 @@ def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, pair: Path, pa
     """The other one says at once that the connection broke, tries for as long as the graph says, then says which party
     was lost, and keeps nothing.
     """
-    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"), ("gone: 60", "gone: 2"))
+    change(pair / "graph.yaml", ("epochs: 60", "epochs: 1000000"), ("gone: 60", "gone: 2"))
     out = pair.parent / "out"
     commands = {name: join(shell, pair, name, "--out", out) for name in ("server", "clinic")}
     shell.hear("step", "clinic", "3")
@@ -218,53 +232,55 @@ def test_one_of_three_is_killed(shell: Shell, tmp_path: Path, party: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("party", ["clinic", "server"])
-def test_a_party_that_is_killed_and_started_anew(shell: Shell, pair: Path, party: str) -> None:
-    """What it had exchanged is lost with it: the other one ends with an error, so does it, and all start again.
-
-    A server that was started anew waits for a clinic that was, too; then both train from the first step on.
-    """
-    change(pair / "graph.yaml", ("epochs: 3", "epochs: 60"))
-    out = pair.parent / "out"
-    server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
-    shell.hear("step", "clinic", "3")
-    killed, other = (clinic, server) if party == "clinic" else (server, clinic)
-    os.kill(killed.pid, signal.SIGKILL)
-    anew = join(shell, pair, party, "--out", out)
-    name = "server" if party == "clinic" else "clinic"
-    end = other.end()
-    assert end.code == 4
-    assert f"{name}: the connection with {party} broke" in end.stderr
-    assert restarted(party, end.stderr)
-    assert not out.exists()
-    if party == "clinic":
-        end = anew.end()
-        assert end.code == 4
-        assert restarted("server", end.stderr)
-        assert not out.exists()
-        return
-    assert join(shell, pair, "clinic", "--out", out).end().code == 0
-    assert anew.end().code == 0
-    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
-    assert simulated.code == 0, simulated.stderr
-    same_weights(out, pair.parent / "simulated")
-
-
 def restarted(party: str, stderr: str) -> bool:
     """Whether it ended so."""
     assert "Traceback" not in stderr
-    return (
-        re.search(rf"^splitsec: {party}: cannot go on: .* was exchanged", stderr, re.MULTILINE) is not None
-        and "then start all parties again" in stderr
-    )
+    found = re.search(rf"^splitsec: {party}: cannot go on: .* was exchanged", stderr, re.MULTILINE)
+    return found is not None and "then start all parties again" in stderr
+
+
+def test_a_clinic_that_is_killed_and_started_anew(shell: Shell, pair: Path) -> None:
+    """What it had exchanged is lost with it: both end with an error that says so, at once, and keep nothing."""
+    change(pair / "graph.yaml", ("epochs: 60", "epochs: 1000000"))
+    out = pair.parent / "out"
+    server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
+    shell.hear("step", "clinic", "3")
+    os.kill(clinic.pid, signal.SIGKILL)
+    anew = join(shell, pair, "clinic", "--out", out)
+    server.err.line_with("server: the connection with clinic broke", SECONDS)
+    ends = {"clinic": server.end(), "server": anew.end(SECONDS)}
+    for other, end in ends.items():
+        assert end.code == 4
+        assert restarted(other, end.stderr)
+    assert not out.exists()
+
+
+def test_a_server_that_is_killed_and_started_anew(shell: Shell, pair: Path, simulated: tuple[Path, Path]) -> None:
+    """The clinic ends, as above; the server then waits for one that begins from the first step, as it does itself."""
+    out = pair.parent / "out"
+    server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
+    shell.hear("step", "clinic", "3")
+    os.kill(server.pid, signal.SIGKILL)
+    anew = join(shell, pair, "server", "--out", out)
+    end = clinic.end()
+    assert end.code == 4
+    assert "clinic: the connection with server broke" in end.stderr
+    assert restarted("server", end.stderr)
+    assert not out.exists()
+    for command in (join(shell, pair, "clinic", "--out", out), anew):
+        end = command.end()
+        assert end.code == 0, end.stderr
+    same_weights(out, simulated[1])
 
 
 @pytest.mark.parametrize("party", ["clinic", "server"])
-def test_a_party_that_stands_still_for_a_while(shell: Shell, pair: Path, party: str) -> None:
-    """For longer than a connection may be silent: then both find it broken, make another, and train to the same
-    weights as without.
+def test_a_party_that_stands_still_for_a_while(
+    shell: Shell, pair: Path, simulated: tuple[Path, Path], party: str
+) -> None:
+    """For longer than a connection may be silent: then both find it broken, make another, and train to the same weights
+    as without.
     """
-    change(pair / "graph.yaml", ("epochs: 3", "epochs: 60"), ("lost: 5", "lost: 1"))
+    change(pair / "graph.yaml", ("lost: 5", "lost: 1"))
     out = pair.parent / "out"
     commands = {name: join(shell, pair, name, "--out", out) for name in ("server", "clinic")}
     shell.hear("step", "clinic", "3")
@@ -276,15 +292,13 @@ def test_a_party_that_stands_still_for_a_while(shell: Shell, pair: Path, party: 
     for name, command in commands.items():
         end = command.end()
         assert end.code == 0, end.stderr
-        assert f"{name}: connected with {({'clinic', 'server'} - {name}).pop()} again" in end.stderr
-    simulated = shell.run("simulate", pair, "--out", pair.parent / "simulated", "--quiet")
-    assert simulated.code == 0, simulated.stderr
-    same_weights(out, pair.parent / "simulated")
+        assert f"{name}: connected with {party if name == other else other} again" in end.stderr
+    same_weights(out, simulated[1])
 
 
 def test_ctrl_c_at_one_party(shell: Shell, pair: Path) -> None:
     """It ends with 130; the other one says who left."""
-    change(pair / "graph.yaml", ("epochs: 3", "epochs: 1000000"))
+    change(pair / "graph.yaml", ("epochs: 60", "epochs: 1000000"))
     server = join(shell, pair, "server")
     clinic = join(shell, pair, "clinic")
     shell.hear("step", "clinic", "3")

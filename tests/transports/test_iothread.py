@@ -99,6 +99,35 @@ def test_a_small_message_is_not_held_back_by_a_large_one(party: Make) -> None:
     assert [event.header for event in (b.next(), b.next()) if isinstance(event, Received)] == [b"small", b"large"]
 
 
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_no_message_of_a_conversation_waits_for_a_timer(
+    party: Make, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Whoever has the turn is told of every message, and sees every one that comes in: computing threads take turns
+    with I/O threads here, hundreds of times.
+    """
+    monkeypatch.setattr(channel, "ACK_SECONDS", 4.0)
+    meet = Meet(party, lost_after=60.0)
+    longest = 0.0
+    body = bytes(size)
+
+    def echo() -> None:
+        for _ in range(300):
+            event = meet.a.next()
+            assert isinstance(event, Received)
+            meet.a.io.send(meet.b.key, 1, event.header, [event.body])
+
+    other = threading.Thread(target=echo)
+    other.start()
+    for _ in range(300):
+        began = time.monotonic()
+        meet.b.io.send(meet.a.key, 1, b"h", [body])
+        assert isinstance(meet.b.next(), Received)
+        longest = max(longest, time.monotonic() - began)
+    other.join(PATIENCE)
+    assert longest < 3.0
+
+
 def test_send_waits_while_too_much_is_queued(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window stops the wire, the outbox bound stops ``send``, and taking events sets both going again."""
     monkeypatch.setattr(iothread, "OUTBOX_BYTES", 4 << 20)
