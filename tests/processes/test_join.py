@@ -91,7 +91,8 @@ def pair(shell: Shell, tmp_path: Path) -> Path:
 
 
 def join(shell: Shell, folder: Path, party: str, *more: str | Path, graph: Path | None = None) -> Command:
-    return shell.start("join", "--graph", graph or folder / "graph.yaml", "--party", party, *more)
+    """One thread each: these parties share the cores of one machine, where several would only wait for each other."""
+    return shell.start("join", "--graph", graph or folder / "graph.yaml", "--party", party, *more, OMP_NUM_THREADS="1")
 
 
 def same_weights(out: Path, expected: Path) -> None:

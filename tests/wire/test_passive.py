@@ -153,7 +153,7 @@ def wire(shared: Path) -> Iterator[dict[str, bytes]]:
         commands = {
             name: shell.start(
                 "join", "--graph", folder / "graph.yaml", "--party", name, "--out", shared / "out", "--quiet",
-                WRITTEN_DOWN=str(shared / f"{name}.bin"),
+                WRITTEN_DOWN=str(shared / f"{name}.bin"), OMP_NUM_THREADS="1",
             )
             for name in names
         }  # fmt: skip
