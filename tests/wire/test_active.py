@@ -853,7 +853,7 @@ def test_attacks_on_processes(shell: Shell, tmp_path: Path, pair: Peace, taps: l
             "--out",
             out,
             OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        )
         for party in ("server", "clinic")
     }
     for command in commands.values():
