@@ -185,6 +185,13 @@ def test_the_other_party_never_joins(shell: Shell, pair: Path) -> None:
     assert re.search(r"^splitsec: clinic: did not come up.* within 2 s$", end.stderr, re.MULTILINE)
 
 
+def stands(folder: Path, party: str) -> Path:
+    """Have this party stand in its third step, for as long as it lives; the others wait.  Its party file."""
+    file = folder / "parties" / f"{party}.yaml"
+    change(file, (f"party: {party}}}", f"party: {party}, third_step: stand}}"))
+    return file
+
+
 def words(text: str) -> str:
     """What a terminal has broken into lines, in one."""
     return " ".join(text.split())
@@ -198,8 +205,9 @@ def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, tmp_path: Path
     graph = RING.replace("PORT", str(free_port()))
     names = ("clinic-a", "clinic-b", "server")
     folder = keyed(shell, write_folder(tmp_path / "ring", graph), *names)
+    stands(folder, party)
     commands = {name: join(shell, folder, name, "--out", tmp_path / "out") for name in names}
-    shell.hear("step", "clinic-b", "3")
+    shell.hear("step", party, "3")
     os.kill(commands.pop(party).pid, signal.SIGKILL)
     for name, command in commands.items():
         command.err.line_with(f"{name}: the connection with {party} broke", SECONDS)
@@ -228,7 +236,7 @@ def test_a_clinic_that_runs_twice_or_is_started_anew(shell: Shell, pair: Path) -
     """While it runs, a second process with its key is turned away, and disturbs nobody.  Once it is killed, what it had
     exchanged is lost with it: both sides end with an error that says so, at once, and keep nothing.
     """
-    change(pair / "graph.yaml", ("epochs: 150", "epochs: 1000000"))
+    stands(pair, "clinic")
     out = pair.parent / "out"
     server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
     shell.hear("step", "clinic", "3")
@@ -248,10 +256,11 @@ def test_a_clinic_that_runs_twice_or_is_started_anew(shell: Shell, pair: Path) -
 
 def test_a_server_that_is_killed_and_started_anew(shell: Shell, pair: Path, simulated: tuple[Path, Path]) -> None:
     """The clinic ends, as above; the server then waits for one that begins from the first step, as it does itself."""
-    out = pair.parent / "out"
+    file, out = stands(pair, "server"), pair.parent / "out"
     server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
-    shell.hear("step", "clinic", "3")
+    shell.hear("step", "server", "3")
     os.kill(server.pid, signal.SIGKILL)
+    change(file, (", third_step: stand", ""))
     anew = join(shell, pair, "server", "--out", out)
     end = clinic.end()
     assert end.code == 4

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -488,20 +489,24 @@ def runs(pair: Peace) -> Runs:
     """Every case, and every chain of them, once; several side by side: most of their time they wait for each other."""
     cut = Order(cut_the_cable, "to the listener", 15)
     chains = {
-        number: [cut, *(Order(and_cut(LATER[case]), *case[1:]) for case in chain)]
-        for number, chain in enumerate(CHAINS)
+        number: [cut, *(Order(and_cut(LATER[case]), *case[1:]) for case in links)]
+        for number, links in enumerate(CHAINS)
     }
     cases = HANDSHAKE | SEALED
     slow = [case for case in cases if case in NOBODY_CAN_KNOW or (case[0] in ("drop", "swap") and case[2] < 2)]
     orders: dict[Case | int, list[Order]] = {case: cases[case] for case in slow} | chains | cases
+    patient = len(slow) + len(chains)
     changes = {case: [("connect: 40", "connect: 10")] for case in NOBODY_CAN_KNOW}
 
     def attacked(number: int, case: Case | int) -> Attacked:
         longer = [("epochs: 4", f"epochs: {LONGER}")] if isinstance(case, int) else []
         return Attacked(number, *pair.attacked(number, *orders[case], changes=changes.get(case, longer)))
 
-    with ThreadPoolExecutor(24) as pool:
-        return dict(zip(orders, pool.map(attacked, range(len(orders)), orders), strict=True))
+    with ThreadPoolExecutor(patient) as waiting, ThreadPoolExecutor(4) as working:
+        numbered = list(enumerate(orders))
+        ends = [waiting.map(attacked, *zip(*numbered[:patient], strict=True))]
+        ends += [working.map(attacked, *zip(*numbered[patient:], strict=True))]
+        return dict(zip(orders, chain.from_iterable(ends), strict=True))
 
 
 def test_without_an_attack_all_is_well(pair: Peace, passed: Passed) -> None:
@@ -593,19 +598,20 @@ def longer(pair: Peace) -> Run:
     return pair.attacked(2000, changes=[("epochs: 4", f"epochs: {LONGER}")])[0]
 
 
-@pytest.mark.parametrize("chain", range(len(CHAINS)))
+@pytest.mark.parametrize("number", range(len(CHAINS)))
 def test_one_attack_after_another_on_one_training(
-    chain: int, runs: Runs, longer: Run, pair: Peace, passed: Passed
+    number: int, runs: Runs, longer: Run, pair: Peace, passed: Passed
 ) -> None:
     """Every connection but the last is damaged, many of them while they are made."""
-    number, run, tap = runs[chain]
-    assert tap.done == len(CHAINS[chain]) + 1, f"it ended after {CHAINS[chain][tap.done - 2]}"
+    chained = CHAINS[number]
+    number, run, tap = runs[number]
+    assert tap.done == len(chained) + 1, f"it ended after {chained[tap.done - 2]}"
     assert run.ended and run.failed == {}
     assert run.written == longer.written != pair.run.written
     assert passed.all_arrived_once(number)
-    assert tap.connections > len(CHAINS[chain]) + 1
+    assert tap.connections > len(chained) + 1
     for party in ("clinic", "server"):
-        assert len(run.broke(party)) > sum(place == 2 for _, _, place in CHAINS[chain])
+        assert len(run.broke(party)) > sum(place == 2 for _, _, place in chained)
 
 
 # --- an attack that never ends
