@@ -6,7 +6,7 @@ to what a user reads: ``BadParameter`` and ``Unsupported`` to a mistake in a fil
 
 from __future__ import annotations
 
-__all__ = ["BadParameter", "BudgetSpent", "PrivacyError", "Unsupported"]
+__all__ = ["BadParameter", "BudgetSpent", "LedgerError", "PrivacyError", "Unsupported"]
 
 
 class PrivacyError(Exception):
@@ -23,3 +23,7 @@ class Unsupported(PrivacyError):
 
 class BudgetSpent(PrivacyError):
     """The release would pass the budget.  Nothing was released."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger that cannot be used: in use elsewhere, no ledger, damaged, or not written to the disk for certain."""

@@ -28,6 +28,8 @@ from splitsec.samples import FINGERPRINT, Mismatch, Samples, fingerprints, match
 __all__ = ["Gossip", "agree_on_order"]
 
 SPLITS = ("train", "test", "predict")
+TURNS = ("train_turns", "test_turns")
+"""In how many turns the samples can be used, where a privacy budget limits them."""
 SHOWN = 5
 """Ids that an error names."""
 Owned = Mapping[str, Samples]
@@ -35,21 +37,30 @@ Owned = Mapping[str, Samples]
 
 
 def agree_on_order(
-    graph: Graph, party: str, guard: Guard, stream: int, owned: Owned, holders: tuple[str, ...]
+    graph: Graph,
+    party: str,
+    guard: Guard,
+    stream: int,
+    owned: Owned,
+    holders: tuple[str, ...],
+    turns: dict[str, int],
 ) -> dict[str, torch.Tensor]:
     """For each split, this party's row for each sample of ``stream`` in the leader's order: int64 ``[n]``.
 
-    ``holders``: the parties that hold samples of the stream, the leader first.  Raises ``SamplesError`` at both ends
-    if one holder has ids that the other has not.
+    ``holders``: the parties that hold samples of the stream, the leader first.  ``turns``: in how many turns this
+    party's budget allows its samples of a split to be used, where it limits them; at the leader it becomes the least
+    that any holder says.  Raises ``SamplesError`` at both ends if one holder has ids that the other has not.
     """
     if len(holders) == 1:
         return {split: torch.arange(samples.count) for split, samples in owned.items()}
     if party == holders[0]:
-        return _lead(guard, stream, holders[1:], owned)
-    return _follow(graph, party, guard, stream, holders[0], owned)
+        return _lead(guard, stream, holders[1:], owned, turns)
+    return _follow(graph, party, guard, stream, holders[0], owned, turns)
 
 
-def _lead(guard: Guard, stream: int, others: tuple[str, ...], owned: Owned) -> dict[str, torch.Tensor]:
+def _lead(
+    guard: Guard, stream: int, others: tuple[str, ...], owned: Owned, turns: dict[str, int]
+) -> dict[str, torch.Tensor]:
     for other in others:
         key = os.urandom(32)
         for split, samples in owned.items():
@@ -72,8 +83,10 @@ def _lead(guard: Guard, stream: int, others: tuple[str, ...], owned: Owned) -> d
                     "missing": int() as lacking,
                     "first": list() as first,
                     "extra": int() as extra,
+                    **limits,
                 } if said == split:
-                    pass
+                    if type(allowed := limits.get("turns")) is int and 0 <= allowed < 2**31:
+                        turns[split] = min(allowed, turns.get(split, allowed))
                 case _:
                     raise PeerMisbehaved("gave no answer about the order of samples", party=other)
             rows = [row for row in first[:SHOWN] if type(row) is int and 0 <= row < samples.count]
@@ -89,7 +102,15 @@ def _lead(guard: Guard, stream: int, others: tuple[str, ...], owned: Owned) -> d
     return {split: torch.arange(samples.count) for split, samples in owned.items()}
 
 
-def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, owned: Owned) -> dict[str, torch.Tensor]:
+def _follow(
+    graph: Graph,
+    party: str,
+    guard: Guard,
+    stream: int,
+    leader: str,
+    owned: Owned,
+    turns: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
     # A party outside the groups serves every member, so it may well hold samples that this member has not.
     serves_several = graph.streams > 1 and not any(party in group.members for group in graph.groups.values())
     order: dict[str, torch.Tensor] = {}
@@ -115,6 +136,8 @@ def _follow(graph: Graph, party: str, guard: Guard, stream: int, leader: str, ow
         matched = match(ids, key, theirs, extra_allowed=serves_several)
         missing, extra = ([], ()) if isinstance(matched, list) else (list(matched.missing), matched.extra)
         answer = {"split": split, "missing": len(missing), "first": missing[:SHOWN], "extra": len(extra)}
+        if split in turns:
+            answer["turns"] = turns[split]
         guard.release((leader, ORDER), Message("order", facts=answer))
         if isinstance(matched, Mismatch):
             named = [ids[row] for row in matched.extra[:SHOWN]]
@@ -201,9 +224,11 @@ class Gossip:
                 type(stream) is int and 0 <= stream < self._streams
             ):
                 numbers = {
-                    split: n for split, n in counts.items() if split in SPLITS and type(n) is int and 0 <= n < 2**31
+                    name: n
+                    for name, n in counts.items()
+                    if name in (*SPLITS, *TURNS) and type(n) is int and 0 <= n < 2**31
                 }
-                if len(numbers) == len(SPLITS) == len(counts):
+                if len(numbers) == len(counts) and numbers.keys() >= set(SPLITS):
                     return self._learn_counts(stream, numbers, said_by)
             case {"say": "done", "party": str() as name} if name in self._everyone:
                 return self._learn_done(name, said_by)

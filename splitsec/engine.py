@@ -21,13 +21,17 @@ from splitsec.errors import PeerMisbehaved
 from splitsec.guard import Guard
 from splitsec.messages import DTYPES, Message
 from splitsec.plan import Edge, Plan, Stage
+from splitsec.safeguards import Carried
 from splitsec.schedule import PREDICT, TRAIN, MicroBatch, Step
 from splitsec.segments import Segment
 
-__all__ = ["Engine", "Rows"]
+__all__ = ["Engine", "Rows", "WhoseData"]
 
 Rows = Callable[[MicroBatch, str], torch.Tensor]
 """This party's own samples of a micro-batch: field name to tensor ``[rows, ...]``."""
+
+WhoseData = Callable[[MicroBatch], Carried | None]
+"""Which of this party's own samples a micro-batch is made of, for the guard; None where it holds none of them."""
 
 
 class Engine:
@@ -38,14 +42,16 @@ class Engine:
         self.segments = segments
         self.guard = guard
 
-    def run_step(self, step: Step, rows: Rows, *, update: int) -> dict[str, list[torch.Tensor]]:
+    def run_step(
+        self, step: Step, rows: Rows, *, update: int, whose: WhoseData = lambda micro: None
+    ) -> dict[str, list[torch.Tensor]]:
         """Run ``step`` to its end at this party.
 
-        ``rows`` gives this party's own samples; ``update`` numbers the optimiser update that a training step makes.
+        ``rows`` gives this party's own samples, ``whose`` says to the guard which they are; ``update`` numbers the optimiser update that a training step makes.
         Returns the outputs of the segments with a loss here, one tensor for each micro-batch (only for a step that
         predicts).
         """
-        run = _StepRun(self, step, rows, update)
+        run = _StepRun(self, step, rows, update, whose)
         run.give_labels()
         while not run.over:
             if not (run.forward_next() or run.backward_next()):
@@ -79,10 +85,11 @@ class _Line:
 class _StepRun:
     """One step under way: what has come, what was made, what is still to do."""
 
-    def __init__(self, engine: Engine, step: Step, rows: Rows, update: int) -> None:
+    def __init__(self, engine: Engine, step: Step, rows: Rows, update: int, whose: WhoseData) -> None:
         self.guard = engine.guard
         self.step = step
         self.rows = rows
+        self.whose = whose
         self.update = update if step.phase == TRAIN else None
         self.predictions: dict[str, list[torch.Tensor]] = {}
         self._made: dict[tuple[int, int], torch.Tensor] = {}
@@ -199,6 +206,8 @@ class _StepRun:
             labels = self._take(stage.labels, micro)
             if stage.labels.answered and not stage.labels.local:
                 self._send(stage.labels, micro, "taken", None, back=True)
+        if self.update is not None and line.segment.private is not None:
+            self.guard.account_for(stage.segment, line.segment.private, self.whose(micro))
         outputs, prediction = line.segment.forward(
             stage, inputs, labels, micro=micro.number, update=self.update, share=micro.rows / self.step.rows
         )
@@ -250,7 +259,9 @@ class _StepRun:
     def _send(self, edge: Edge, micro: MicroBatch, kind: str, tensor: torch.Tensor | None, *, back: bool) -> None:
         lane = (edge.source_party, edge.back_lane) if back else (edge.target_party, edge.lane)
         self.guard.release(
-            lane, Message(kind, (self.step.number, micro.number), tensors={} if tensor is None else {"": tensor})
+            lane,
+            Message(kind, (self.step.number, micro.number), tensors={} if tensor is None else {"": tensor}),
+            self.whose(micro),
         )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 __all__ = [
+    "BelowFloor",
     "BudgetSpent",
     "EgressRefused",
     "GraphError",
     "InternalError",
     "KeyFileError",
+    "LedgerError",
     "PartyFailed",
     "PartyFileError",
     "PeerError",
@@ -94,6 +96,10 @@ class KeyFileError(_FileError):
     """A private key file is missing, too widely readable, or not what it says."""
 
 
+class LedgerError(UserError):
+    """A party's ledger or journal cannot be used: it is none, in use elsewhere, damaged, or cannot be written."""
+
+
 class SamplesError(UserError):
     """A party's samples do not fit: ids missing, duplicated or not shared, fields of unequal length."""
 
@@ -102,6 +108,10 @@ class Refusal(SplitsecError):
     """We stopped ourselves: going on would have broken a promise."""
 
     exit_code = 3
+
+
+class BelowFloor(Refusal):
+    """The party's own policy is less strict than what the graph demands of everybody."""
 
 
 class BudgetSpent(Refusal):

@@ -28,13 +28,17 @@ __all__ = [
     "DTYPE_BYTES",
     "LOSSES",
     "Cut",
+    "CutPrivacy",
     "Exchange",
     "Forwarded",
     "Graph",
     "Group",
+    "LabelPrivacy",
     "Labels",
     "Link",
     "Party",
+    "Privacy",
+    "Safeguard",
     "Segment",
     "Timeouts",
     "Training",
@@ -273,6 +277,53 @@ class Segment(_Entry):
     )
 
 
+class Safeguard(_Entry):
+    """What is done to every sample's tensor before it leaves; in the graph, the least that every sender does."""
+
+    clip: float | None = Field(
+        default=None, gt=0, description="largest norm of one sample's tensor: L2, or L1 with Laplace noise"
+    )
+    noise: Literal["gaussian", "laplace"] | None = Field(
+        default=None, description="distribution of the noise that is added to every number after clipping"
+    )
+    noise_multiplier: float | None = Field(
+        default=None,
+        gt=0,
+        description="standard deviation (Laplace: scale) of the noise over the sensitivity, which is twice `clip`",
+    )
+
+    @model_validator(mode="after")
+    def _noise_is_whole(self) -> Self:
+        if self.clip is None:
+            raise mistake(
+                "a safeguard without `clip`",
+                expected="the largest norm of one sample's tensor, which noise is measured by",
+                fix="add `clip`, e.g. `clip: 1.0`",
+            )
+        if (self.noise is None) != (self.noise_multiplier is None):
+            lacking = "noise" if self.noise is None else "noise_multiplier"
+            raise mistake(
+                f"{'noise_multiplier' if self.noise is None else 'noise'} without `{lacking}`",
+                expected="both, or neither to clip only",
+                fix="add `noise: gaussian`" if self.noise is None else "add `noise_multiplier`, e.g. 2.0",
+            )
+        return self
+
+
+class CutPrivacy(_Entry):
+    """What senders do at a cut: to activations on the way forward, to gradients on the way back."""
+
+    forward: Safeguard | None = Field(default=None, description="for every sample's activation")
+    backward: Safeguard | None = Field(default=None, description="for every sample's gradient")
+
+
+class LabelPrivacy(_Entry):
+    """Randomised response: a label leaves as it is with a known probability, else as any other class."""
+
+    epsilon: float = Field(gt=0, le=100, description="largest epsilon of one release of one label")
+    classes: int = Field(ge=2, le=2**31 - 1, description="how many classes there are, numbered from 0")
+
+
 class Cut(_Entry):
     """An edge between two segments: activations go forward, gradients come back."""
 
@@ -282,6 +333,12 @@ class Cut(_Entry):
     dtype: CutDtype = Field(description="dtype of the tensor: `float16`, `bfloat16`, `float32`, `float64` or `int64`")
     output: FieldName | None = Field(
         default=None, description="which output, where the segment's module returns a dict of several"
+    )
+    privacy: CutPrivacy | None = Field(
+        default=None, description="the least that is done to tensors before they leave over this cut"
+    )
+    raw: bool = Field(
+        default=False, description="`true`: the cut may carry samples as they are; else a copy of the input is refused"
     )
 
     @property
@@ -300,6 +357,7 @@ class Labels(_Entry):
     dtype: AnyDtype = Field(
         default="int64", description="dtype of the labels: as of a cut, or `int32`, `uint8`, `bool`"
     )
+    privacy: LabelPrivacy | None = Field(default=None, description="the least that is done to labels before they leave")
 
     @property
     def sample_bytes(self) -> int:
@@ -345,6 +403,16 @@ class Timeouts(_Entry):
         gt=0,
         le=86400 * 7,
         description="seconds without a connection after which a party is given up, and the run ends",
+    )
+
+
+class Privacy(_Entry):
+    """What all parties do alike when one of them has no privacy budget left."""
+
+    when_spent: Literal["end", "leave"] = Field(
+        default="end",
+        description="`end`: the run ends for all, with what was trained so far; `leave`: it goes on without the "
+        "samples of that party, where others of its group are left",
     )
 
 
@@ -400,6 +468,9 @@ class Graph(_Entry):
     )
     training: Training = Field(default=Training(), description="what all parties must do alike while they train")
     timeouts: Timeouts = Field(default=Timeouts(), description="how long the parties wait for each other")
+    privacy: Privacy = Field(
+        default=Privacy(), description="what all parties do alike when one has no privacy budget left"
+    )
     post_quantum: bool = Field(
         default=True,
         description="`true`: ML-KEM-768 beside X25519 in every handshake, so that what is recorded today cannot be "
@@ -486,6 +557,13 @@ class Graph(_Entry):
         grouped = {member for group in self.groups.values() for member in group.members}
         ranks = {name: (name not in grouped, name not in readers, rank) for rank, name in enumerate(self.parties)}
         return tuple(sorted(holders, key=ranks.__getitem__))
+
+    def hand_ons(self, group: str) -> tuple[tuple[str, str], ...]:
+        """Who may hand the weights of ``group`` on to whom: along the ring, or to anybody where members may leave."""
+        members = self.groups[group].members
+        if self.privacy.when_spent == "leave":
+            return tuple((giver, taker) for giver in members for taker in members if giver != taker)
+        return tuple(zip(members, (*members[1:], members[0]), strict=True))
 
     # Edges and order
 
@@ -591,7 +669,7 @@ class Graph(_Entry):
         held = {one.at for one in self.segments.values()}
         for name, group in self.groups.items():
             if group.schedule == "round_robin" and name in held:
-                for giver, taker in zip(group.members, (*group.members[1:], group.members[0]), strict=True):
+                for giver, taker in self.hand_ons(name):
                     if giver != taker:
                         why = f"`{giver}` hands the weights of the group `{name}` on"
                         yield _Need(frozenset((giver, taker)), why, ("groups", name), direct=False)
@@ -647,6 +725,7 @@ def _check(graph: Graph) -> None:
     _check_segments(graph)
     _check_cuts(graph)
     _check_labels(graph)
+    _check_privacy(graph)
     _check_exchanges(graph)
     _check_acyclic(graph)
     _check_reached(graph)
@@ -907,6 +986,40 @@ def _check_labels(graph: Graph) -> None:
                 "loss",
                 expected="a labels edge, also where the labels are at the same party",
                 fix=f"add `{{from: {segment.at}, to: {name}}}` under `labels`, or another `from` that holds them",
+            )
+
+
+def _check_privacy(graph: Graph) -> None:
+    for index, cut in enumerate(graph.cuts):
+        if cut.privacy is not None and cut.dtype not in _FLOATS:
+            raise graph.error(
+                f"the cut from `{cut.source}` to `{cut.target}` carries {cut.dtype}, which can be neither clipped nor "
+                "given noise",
+                "cuts",
+                index,
+                "privacy",
+                expected="a cut of floats: " + ", ".join(_FLOATS),
+                fix="remove `privacy` there, or let the cut carry floats",
+            )
+        if cut.privacy is not None and cut.privacy.forward is not None and cut.raw:
+            raise graph.error(
+                f"the cut from `{cut.source}` to `{cut.target}` may carry raw samples, and has a safeguard",
+                "cuts",
+                index,
+                "raw",
+                expected="one or the other",
+                fix="remove `raw: true`, or `privacy`",
+            )
+    for index, edge in enumerate(graph.labels):
+        if edge.privacy is not None and (edge.dtype != "int64" or edge.shape):
+            raise graph.error(
+                f"the labels for `{edge.target}` are {edge.dtype} {shown(edge.shape)}, where `privacy` needs class "
+                "numbers",
+                "labels",
+                index,
+                "privacy",
+                expected="`shape: []` and `dtype: int64`, the number of a class",
+                fix="remove `privacy` there, or send class numbers",
             )
 
 

@@ -1,8 +1,9 @@
 """The only door: every tensor that leaves a party passes ``release``, every one that enters passes ``admit``.
 
-Here: what the graph declares against what is offered, in both directions; counts of what passed.  Privacy mechanisms,
-ledger and journal will stand here too, before the channel sees anything.  Not here: what the tensors are for
-(``engine``). Next: ``messages`` turns a message to bytes, ``splitsec.transports`` carries them.
+Here: what the graph declares against what is offered, in both directions; counts of what passed.  On the way out the
+party's safeguards act before the channel sees anything: budget, clipping, noise, journal (``safeguards``).  Not here:
+what the tensors are for (``engine``).  Next: ``messages`` turns a message to bytes, ``splitsec.transports`` carries
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Final, Protocol
 from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable
 from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
 from splitsec.plan import Lane, Plan
+from splitsec.privacy.dpsgd import PrivateTraining
+from splitsec.safeguards import Carried, Safeguards
 from splitsec.transports import errors as below
 from splitsec.transports.iothread import CloseCode, Closed, Event, Interrupted, Opened, Received, Resumed
 
@@ -79,8 +82,10 @@ class Guard:
         *,
         connect_timeout: float,
         together: bool = True,
+        safeguards: Safeguards | None = None,
     ) -> None:
         self.plan = plan
+        self.safeguards = safeguards
         self._together = together
         self.traffic: dict[LaneKey, Traffic] = defaultdict(Traffic)
         self._thread = thread
@@ -105,10 +110,12 @@ class Guard:
 
     # --- out
 
-    def release(self, lane: LaneKey, message: Message) -> None:
-        """Let ``message`` out on ``lane`` (peer, number), if the graph declares it so.  Raises ``EgressRefused``.
+    def release(self, lane: LaneKey, message: Message, carried: Carried | None = None) -> None:
+        """Let ``message`` out on ``lane`` (peer, number), if the graph declares it so, as the safeguards leave it.
 
-        Tensors are lent to the channel until they are sent: do not change them in place afterwards.
+        ``carried``: whose samples went into it, where they are this party's.  Tensors are lent to the channel until
+        they are sent: do not change them in place afterwards.  Raises ``EgressRefused``, ``UnsafeSegment``,
+        ``BudgetSpent``.
         """
         declared = self.plan.lanes_out.get(lane)
         if declared is None:
@@ -126,7 +133,11 @@ class Guard:
             raise self._gone[lane[0]]
         if message.key:
             self._last_out[lane] = message.key
+        if self.safeguards is not None:
+            message = self.safeguards.treat(lane, message, carried)
         header, body = encode(message)
+        if self.safeguards is not None:
+            self.safeguards.record(declared, message, (header, *body), carried)
         try:
             # A step's messages are bounded by its micro-batches and must not wait for each other; exchanges are not.
             waits = declared.kind == "exchange"
@@ -141,6 +152,11 @@ class Guard:
         passed.bytes += len(header) + size
         if self.on_passed is not None:
             self.on_passed(_passed(True, declared, message, len(header), size))
+
+    def account_for(self, segment: str, private: PrivateTraining, carried: Carried | None) -> None:
+        """Spend what one training use of ``carried`` costs where ``segment``'s weights will leave: DP-SGD."""
+        if self.safeguards is not None and carried is not None:
+            self.safeguards.spend_on_weights(segment, private, carried)
 
     # --- in
 

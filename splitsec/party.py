@@ -19,16 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitsec.agreement import Gossip, agree_on_order
+from splitsec.books import open_books
 from splitsec.contract import digest
+from splitsec.demands import demands_of
 from splitsec.engine import Engine
-from splitsec.errors import GraphError, PartyFileError, PeerMisbehaved, UserError
+from splitsec.errors import BudgetSpent, GraphError, PartyFileError, PeerMisbehaved, UserError
 from splitsec.graph import Graph
 from splitsec.guard import Guard
 from splitsec.identity import parse_public
 from splitsec.messages import Message
 from splitsec.partyfile import PartyFile
 from splitsec.plan import ORDER, Plan, make_plan, weights_lane
-from splitsec.probe import check_shapes
+from splitsec.probe import check_private, check_shapes
+from splitsec.safeguards import Carried, Safeguards
 from splitsec.samples import Samples, epoch_order, read_own
 from splitsec.schedule import (
     SPLIT,
@@ -36,6 +39,7 @@ from splitsec.schedule import (
     HandOn,
     MicroBatch,
     Turn,
+    affordable_epochs,
     prediction_schedule,
     run_schedule,
     step_count,
@@ -59,7 +63,8 @@ STEP_REPORT_SECONDS = 0.1
 @dataclass(frozen=True)
 class Job:
     """What to run.  ``out``: folder for trained segments and predictions; ``weights``: folder of trained segments to
-    load; ``trace``: file to which the outside of every message is written (docs/tracing.md).
+    load; ``trace``: file to which the outside of every message is written (docs/tracing.md); ``state``: folder of ledger
+    and journal in place of the party file's; ``journal``: keep a journal also where no policy asks for one.
     """
 
     action: Literal["train", "predict"] = "train"
@@ -67,6 +72,8 @@ class Job:
     weights: Path | None = None
     split: Literal["train", "test", "predict"] = "predict"
     trace: Path | None = None
+    state: Path | None = None
+    journal: bool = False
 
 
 def run_party(
@@ -126,10 +133,11 @@ def open_guard(
     listen: str | None = None,
     options: Mapping[str, Mapping[str, str]] | None = None,
     together: bool = True,
+    safeguards: Safeguards | None = None,
 ) -> Guard:
     """The door of ``plan.party`` with its I/O thread started: it listens, dials, and forwards for others.
 
-    ``options``: this party's own for a transport, by scheme.  ``together``: as ``Guard`` takes it.
+    ``options``: this party's own for a transport, by scheme.  ``together``, ``safeguards``: as ``Guard`` takes them.
     Raises ``GraphError`` where a party has no key, ``UserError`` where the address to listen at is taken.
     """
     name = plan.party
@@ -190,7 +198,9 @@ def open_guard(
             fix="look what uses it, or give another `listen` in the party file",
         ) from error
     names = {peer: keys[peer] for peer in plan.peers}
-    return Guard(plan, names, thread, connect_timeout=graph.timeouts.connect, together=together)
+    return Guard(
+        plan, names, thread, connect_timeout=graph.timeouts.connect, together=together, safeguards=safeguards
+    )
 
 
 class Party:
@@ -209,11 +219,16 @@ class Party:
             load_segments(self.segments, job.weights, self.name)
         self.own = self._read_samples()
         check_shapes(graph, party_file, self.plan, self.segments, self.own)
+        demands = demands_of(graph, party_file, self.plan)
+        check_private(party_file, self.plan, demands, self.segments)
         self.rows: dict[int, dict[str, torch.Tensor]] = {}
         self.counts: list[dict[str, int]] = []
         self.predictions: dict[str, list[torch.Tensor]] = {}
         self._guard: Guard | None = None
         self._private_key = private_key
+        private = {name: one.private for name, one in self.segments.items() if one.private is not None}
+        self.safeguards = open_books(graph, party_file, demands, self.own, private, job, report)
+        self.turns = self._affordable()
         report({"event": "ready", "samples": {split: samples.count for split, samples in self.own.items()}})
 
     @property
@@ -222,6 +237,44 @@ class Party:
         return self._guard
 
     # --- before the first step
+
+    def _affordable(self) -> dict[str, int]:
+        """In how many turns the samples of each split can be used, where this party's budget limits them.
+
+        Raises ``BudgetSpent`` where there is nothing left to begin with.
+        """
+        epochs = self.graph.training.epochs
+        splits = {"train": True, "test": False} if self.job.action == "train" else {"predict": False}
+        wanted = epochs if self.job.action == "train" else 1
+        turns = {}
+        for split, training in splits.items():
+            labels = self.job.action == "train"
+            left = self.safeguards.passes_left(split, training=training, labels=labels, most=wanted)
+            if left < wanted:
+                turns[split] = left
+            if left == 0 and (self.job.action == "predict" or self.graph.privacy.when_spent == "end"):
+                self.safeguards.close()
+                raise BudgetSpent(
+                    f"the privacy budget of {self.name} is spent: its {split} samples cannot be used once more",
+                    expected=f"budget for {wanted} more uses of each sample",
+                    fix=f"`splitsec ledger {self.job.state or self.file.state_folder}` shows what was spent on what. "
+                    "Stop here, or go on with more noise or with other data; a larger budget is a decision for your "
+                    "data-protection officer, not a repair",
+                )
+        if turns:
+            self.report(
+                {
+                    "event": "warning",
+                    "text": "the privacy budget lasts for "
+                    + " and ".join(f"{n} of {wanted} passes over the {split} samples" for split, n in turns.items())
+                    + (
+                        "; then the run ends for all parties"
+                        if self.graph.privacy.when_spent == "end"
+                        else "; then the run goes on without them"
+                    ),
+                }
+            )
+        return turns
 
     def _read_samples(self) -> dict[str, Samples]:
         if self.job.action == "train":
@@ -245,7 +298,14 @@ class Party:
         Raises ``PeerUnreachable``, ``PeerRefusedUs``.
         """
         options = self.file.transport_options()
-        self._guard = open_guard(self.graph, self.plan, self._private_key, listen=self.file.listen, options=options)
+        self._guard = open_guard(
+            self.graph,
+            self.plan,
+            self._private_key,
+            listen=self.file.listen,
+            options=options,
+            safeguards=self.safeguards,
+        )
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
         self._guard.on_interrupted = lambda party, why, seconds: self.report(
             {"event": "interrupted", "peer": party, "why": why, "seconds": round(seconds, 1)}
@@ -269,17 +329,20 @@ class Party:
                     "holds labels",
                     expected="the first holder of samples in a group to hold data, not labels alone",
                 )
+            turns = dict(self.turns)
             self.rows[stream.stream] = agree_on_order(
-                self.graph, self.name, self.guard, stream.stream, self.own, holders
+                self.graph, self.name, self.guard, stream.stream, self.own, holders, turns
             )
             if self.name == holders[0]:
                 led[stream.stream] = {
                     split: len(self.rows[stream.stream].get(split, ())) for split in ("train", "test", "predict")
                 }
+                led[stream.stream] |= {f"{split}_turns": n for split, n in turns.items() if split != "predict"}
         self.gossip = Gossip(self.graph, self.name, self.guard, self.plan.neighbours)
         self.counts = self.gossip.agree_on_counts(led)
         for number, rows in self.rows.items():
-            if any(count != len(rows.get(split, ())) for split, count in self.counts[number].items()):
+            counts = {split: self.counts[number][split] for split in ("train", "test", "predict")}
+            if any(count != len(rows.get(split, ())) for split, count in counts.items()):
                 raise PeerMisbehaved(
                     f"says that stream {number} has {self.counts[number]}",
                     party=self._holders(number)[0],
@@ -295,7 +358,7 @@ class Party:
         """Every turn of the run, in the order that all parties work out alike."""
         engine = Engine(self.plan, self.segments, self.guard)
         schedule = (
-            run_schedule(self.graph, epochs=self.graph.training.epochs)
+            run_schedule(self.graph, epochs=self._epochs(), counts=self.counts)
             if self.job.action == "train"
             else prediction_schedule(self.graph)
         )
@@ -307,6 +370,13 @@ class Party:
             number, update = self._take_turn(engine, turn, number, update)
         self.gossip.stay_until_all_are_done()
 
+    def _epochs(self) -> int:
+        wanted = self.graph.training.epochs
+        epochs = affordable_epochs(self.graph, self.counts, wanted)
+        if epochs < wanted:
+            self.report({"event": "budget spent", "epochs": epochs, "of": wanted})
+        return epochs
+
     def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
         orders = {stream: self._order_of(turn, stream) for stream in turn.streams if stream in self.rows}
 
@@ -314,6 +384,13 @@ class Party:
             chosen = orders[micro.stream][micro.start : micro.start + micro.rows]
             return self.own[SPLIT[turn.phase]].fields[field][chosen]
 
+        def whose(micro: MicroBatch) -> Carried | None:
+            if micro.stream not in orders:
+                return None
+            chosen = orders[micro.stream][micro.start : micro.start + micro.rows]
+            return Carried(SPLIT[turn.phase], chosen, inputs[micro.stream], turn.phase == TRAIN)
+
+        inputs = {stream: self._inputs(turn, stream) for stream in orders}
         steps = step_count(self.graph, turn, self.counts)
         if all(self.plan.streams[stream].idle for stream in turn.streams):
             return number + steps, update + (steps if turn.phase == TRAIN else 0)
@@ -326,9 +403,18 @@ class Party:
                 "steps": steps,
             }
         )
+        self.safeguards.expect(
+            SPLIT[turn.phase],
+            [
+                orders[micro.stream][micro.start : micro.start + micro.rows]
+                for step in steps_of(self.graph, turn, self.counts, number)
+                for micro in step.micro_batches
+                if micro.stream in orders
+            ],
+        )
         said = began = time.monotonic()
         for place, step in enumerate(steps_of(self.graph, turn, self.counts, number)):
-            made = engine.run_step(step, rows, update=update)
+            made = engine.run_step(step, rows, update=update, whose=whose)
             update += turn.phase == TRAIN
             for name, outputs in made.items():
                 self.predictions.setdefault(name, []).extend(outputs)
@@ -338,6 +424,8 @@ class Party:
         self.report(
             {"event": "turn over", "phase": turn.phase, "epoch": turn.epoch, "seconds": time.monotonic() - began}
         )
+        for cut, leaked in self.safeguards.take_leakage().items():
+            self.report({"event": "leakage", "epoch": turn.epoch, "cut": cut, **leaked})
         for segment in self.segments.values():
             score = segment.take_score()
             if score.rows:
@@ -354,6 +442,11 @@ class Party:
                     }
                 )
         return number + steps, update
+
+    def _inputs(self, turn: Turn, stream: int) -> dict[str, torch.Tensor]:
+        names = self.plan.streams[stream].fields(labels=False)
+        samples = self.own.get(SPLIT[turn.phase])
+        return {} if samples is None else {name: samples.fields[name] for name in sorted(names)}
 
     def _order_of(self, turn: Turn, stream: int) -> torch.Tensor:
         rows = self.rows[stream].get(SPLIT[turn.phase], torch.empty(0, dtype=torch.int64))
@@ -432,6 +525,7 @@ class Party:
         """Leave: say goodbye to every peer and give the sockets back."""
         if self._guard is not None:
             self._guard.close(reason)
+        self.safeguards.close()
 
 
 def traffic_of(guard: Guard, *, training: bool) -> list[dict[str, Any]]:

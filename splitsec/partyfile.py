@@ -28,13 +28,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from splitsec import yamlfile
 from splitsec.errors import PartyFileError
-from splitsec.graph import CUSTOM, Address, Graph, Name, load_graph
+from splitsec.graph import CUSTOM, Address, Graph, Name, Safeguard, load_graph
 from splitsec.yamlfile import Document, FrozenDict, meant, mistake, shown
 
 __all__ = [
     "DataFunctions",
+    "DpSgd",
     "Folder",
+    "Leakage",
     "Optimizer",
+    "OwnCutPrivacy",
+    "OwnLabelPrivacy",
+    "OwnPrivacy",
     "PartyFile",
     "SegmentCode",
     "WebSocket",
@@ -109,6 +114,15 @@ class Optimizer(_Entry):
         return dict(self.model_extra or {})
 
 
+class DpSgd(_Entry):
+    """Clipping and noise on what every sample adds to a segment's weights (docs/dp-sgd.md)."""
+
+    clip: float = Field(gt=0, description="largest L2 norm of one sample's gradient, over all weights of the segment")
+    noise_multiplier: float = Field(
+        gt=0, description="standard deviation of the noise over the sensitivity, which is twice `clip`"
+    )
+
+
 class SegmentCode(_Entry):
     """What builds and trains one segment at this party."""
 
@@ -121,6 +135,15 @@ class SegmentCode(_Entry):
     )
     loss_args: Arguments = Field(
         default_factory=FrozenDict, description="keyword arguments of that function, or of making the class"
+    )
+    nopeek: float | None = Field(
+        default=None,
+        gt=0,
+        description="NoPeek: this many times the distance correlation of raw input and output is added to the "
+        "segment's own loss (docs/leakage.md)",
+    )
+    dp_sgd: DpSgd | None = Field(
+        default=None, description="train the segment's weights with DP-SGD; for weights that are handed on or published"
     )
 
 
@@ -135,6 +158,58 @@ class DataFunctions(_Entry):
         default=None, description="`module:function` that returns the samples to predict"
     )
     args: Arguments = Field(default_factory=FrozenDict, description="keyword arguments of all of them")
+
+
+class OwnCutPrivacy(_Entry):
+    """What this party does at one cut, at least as strict as the graph's floor."""
+
+    source: Name = Field(alias="from", description="the segment whose output the cut carries")
+    target: Name = Field(alias="to", description="the segment that takes it")
+    forward: Safeguard | None = Field(default=None, description="for every sample's activation")
+    backward: Safeguard | None = Field(default=None, description="for every sample's gradient")
+
+
+class OwnLabelPrivacy(_Entry):
+    """What this party does to labels before they leave."""
+
+    target: Name = Field(alias="to", description="the segment that computes the loss")
+    epsilon: float = Field(gt=0, le=100, description="epsilon of one release of one label, by randomised response")
+    classes: int | None = Field(default=None, ge=2, description="how many classes; without it, what the graph says")
+
+
+class Leakage(_Entry):
+    """How often this party measures what its activations tell about its samples, and what it tolerates."""
+
+    every: int = Field(default=50, ge=1, description="training steps from one measurement to the next")
+    limit: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="warn when the distance correlation (bias-corrected) of samples and what leaves is above this",
+    )
+
+
+class OwnPrivacy(_Entry):
+    """What one sample may cost, and what is done to what leaves."""
+
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="the delta that every epsilon here goes with")
+    epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="budget of one sample's inputs over everything that carries them, in all runs together",
+    )
+    label_epsilon: float | None = Field(
+        default=None, gt=0, description="budget of one sample's label over everything that carries it, in all runs"
+    )
+    cuts: Annotated[tuple[OwnCutPrivacy, ...], Field(strict=False)] = Field(
+        default=(), description="what this party does at its cuts, where it wants more than the graph's floor"
+    )
+    labels: Annotated[tuple[OwnLabelPrivacy, ...], Field(strict=False)] = Field(
+        default=(), description="what this party does to labels, where it wants more than the graph's floor"
+    )
+    leakage: Leakage | None = Field(
+        default=None, description="measure what activations tell about samples, while training"
+    )
 
 
 class WebSocket(_Entry):
@@ -199,6 +274,14 @@ class PartyFile(_Entry):
         default=None, description="address to listen on in place of the graph's `listen`, e.g. behind a port mapping"
     )
 
+    privacy: OwnPrivacy | None = Field(
+        default=None, description="this party's privacy budget, and what it does beyond the graph's floors"
+    )
+    state: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of this party's ledger and journal, relative to this file; `../state/NAME` without it",
+    )
     wss: WebSocket | None = Field(
         default=None, description="TLS files and proxy, where an address begins with `wss://`; see docs/websocket.md"
     )
@@ -222,6 +305,11 @@ class PartyFile(_Entry):
     def key_path(self) -> Path | None:
         """Where the private key file is; None where the party file names none."""
         return None if self.key_file is None else self.folder / Path(self.key_file).expanduser()
+
+    @property
+    def state_folder(self) -> Path:
+        """Where this party's ledger and journal are kept from run to run."""
+        return self.folder / (Path("..", "state", self.party) if self.state is None else Path(self.state).expanduser())
 
     def transport_options(self) -> dict[str, dict[str, str]]:
         """What transports need to be told, by scheme; paths of files that are there and may be used.

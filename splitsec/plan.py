@@ -288,11 +288,9 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
 
     if graph.schedule == "round_robin":
         for name, segment in graph.segments.items():
-            members = graph.members(segment.at)
-            if len(members) > 1:
-                for k, member in enumerate(members):
-                    after = members[(k + 1) % len(members)]
-                    both(member, after, weights_lane(graph, name), "weights", name, WEIGHTS_BODY, most_waiting=2)
+            if segment.at in graph.groups:
+                for giver, taker in graph.hand_ons(segment.at):
+                    both(giver, taker, weights_lane(graph, name), "weights", name, WEIGHTS_BODY, most_waiting=2)
 
     for exchange in graph.exchanges if exchanges else ():
         both(

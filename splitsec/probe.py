@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from splitsec.errors import GraphError, PartyFileError
+from splitsec.demands import Demand, check_demands, demands_of
+from splitsec.errors import GraphError, PartyFileError, UnsafeSegment
 from splitsec.graph import CUSTOM, LOSSES, Graph
 from splitsec.messages import DTYPES, NAMES
 from splitsec.partyfile import Folder, PartyFile
@@ -24,7 +25,7 @@ from splitsec.samples import Samples, read_own
 from splitsec.segments import Segment, build_segments, join_inputs, output_of
 from splitsec.usercode import user_code
 
-__all__ = ["check_shapes", "probe"]
+__all__ = ["check_private", "check_shapes", "probe"]
 
 ROWS = 2
 
@@ -42,7 +43,9 @@ def probe(folder: Folder, before: Callable[[str], None] = lambda party: None) ->
         plan = make_plan(folder.graph, name)
         with _output_to_stderr():
             own = read_own(party_file, plan, ("train", "test"), labels=True)
-            check_shapes(folder.graph, party_file, plan, build_segments(folder.graph, party_file), own, classes)
+            segments = build_segments(folder.graph, party_file)
+            check_shapes(folder.graph, party_file, plan, segments, own, classes)
+            check_private(party_file, plan, demands_of(folder.graph, party_file, plan), segments)
         for edge in (edge for stream in plan.streams for edge in stream.own_labels):
             for samples in own.values():
                 labels = samples.fields[edge.field or ""]
@@ -102,6 +105,46 @@ def check_shapes(
                     produced, torch.Tensor
                 ):
                     classes[stage.segment] = produced.shape[1]
+
+
+def check_private(
+    party_file: PartyFile,
+    plan: Plan,
+    demands: Mapping[tuple[str, int], Demand],
+    segments: Mapping[str, Segment],
+) -> None:
+    """Refuse modules for which the promises of this party's policies do not hold.
+
+    Batch statistics make one sample's tensor depend on all others of its batch: clipping one sample then bounds
+    nothing.  Raises ``UnsafeSegment``, ``PartyFileError``.
+    """
+    check_demands(party_file, demands)
+    reading = {stage.segment for stream in plan.streams for stage in stream.stages if stage.reads is not None}
+    for name, code in party_file.segments.items():
+        if code.nopeek is not None and name not in reading:
+            raise party_file.error(
+                f"`nopeek` at the segment `{name}`, which reads no data",
+                "segments",
+                name,
+                "nopeek",
+                expected="`nopeek` at a segment with `data` in the graph: it compares samples with what leaves",
+                fix="move it to the segment that reads the samples, or remove it",
+            )
+    if not any(demand.mechanism is not None and demand.carries for demand in demands.values()):
+        return
+    for name, segment in segments.items():
+        for place, module in segment.module.named_modules():
+            if isinstance(module, _BATCH_STATISTICS):
+                raise UnsafeSegment(
+                    f"segment {name!r} has {type(module).__name__} at {place or 'its top'}, and noise is demanded of "
+                    "what leaves it",
+                    expected="modules that treat every sample by itself: with batch statistics one person's sample "
+                    "changes what leaves for all others of the batch, which no clipping of single samples bounds",
+                    fix="use nn.GroupNorm or nn.LayerNorm in its place",
+                )
+
+
+_BATCH_STATISTICS = (torch.nn.modules.batchnorm._BatchNorm,)
 
 
 def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Segment, samples: Samples | None) -> Any:

@@ -35,6 +35,7 @@ __all__ = [
     "micro_batch_rows",
     "read_own",
     "read_samples",
+    "sample_keys",
     "seed_of",
 ]
 
@@ -141,6 +142,31 @@ def _ids(given: Any, source: str) -> tuple[str, ...]:
             )
         seen[sample_id] = row
     return tuple(ids)
+
+
+def sample_keys(samples: Samples) -> list[bytes]:
+    """What tells each sample apart from run to run, for the ledger: its id or, where it has none, all of its fields.
+
+    Samples without ids whose fields are equal are numbered in their order, so that each has a key of its own.
+    SHA-256; the ledger stores them under a key of its own only.
+    """
+    if samples.ids is not None:
+        return [hashlib.sha256(b"id/" + sample_id.encode()).digest() for sample_id in samples.ids]
+    parts = [
+        f"{name}/{tensor.dtype}/{tuple(tensor.shape[1:])}/".encode() for name, tensor in samples.fields.items()
+    ]
+    tensors = [tensor.contiguous().view(torch.uint8).reshape(samples.count, -1) for tensor in samples.fields.values()]
+    seen: dict[bytes, int] = {}
+    keys = []
+    for row in range(samples.count):
+        digest = hashlib.sha256(b"fields/")
+        for part, tensor in zip(parts, tensors, strict=True):
+            digest.update(part)
+            digest.update(memoryview(tensor[row].numpy()))
+        content = digest.digest()
+        seen[content] = number = seen.get(content, 0) + 1
+        keys.append(hashlib.sha256(content + number.to_bytes(8, "big")).digest())
+    return keys
 
 
 def fingerprints(ids: Sequence[str], key: bytes) -> list[bytes]:

@@ -28,10 +28,12 @@ __all__ = [
     "MicroBatch",
     "Step",
     "Turn",
+    "affordable_epochs",
     "prediction_schedule",
     "run_schedule",
     "step_count",
     "steps_of",
+    "turns_of",
 ]
 
 Phase = Literal["train", "evaluate", "predict"]
@@ -40,7 +42,9 @@ EVALUATE: Final[Phase] = "evaluate"
 PREDICT: Final[Phase] = "predict"
 
 Count = Mapping[str, int]
-"""Samples of one stream: ``{"train": n, "test": n, "predict": n}``."""
+"""Samples of one stream: ``{"train": n, "test": n, "predict": n}``; where a privacy budget limits them, also how many
+turns they can be used in: ``"train_turns"``, ``"test_turns"``.
+"""
 
 SPLIT: Final[dict[Phase, str]] = {TRAIN: "train", EVALUATE: "test", PREDICT: "predict"}
 
@@ -89,8 +93,34 @@ class HandOn:
     taker: int
 
 
-def run_schedule(graph: Graph, *, epochs: int) -> Iterator[Turn | HandOn]:
-    """Every turn and hand-on of a training run, in order.  At the end every member holds the final weights."""
+def turns_of(counts: Count, phase: Phase) -> int | None:
+    """How many turns of ``phase`` the samples of a stream may still take part in; None: in all of them."""
+    return counts.get(f"{SPLIT[phase]}_turns")
+
+
+def affordable_epochs(graph: Graph, counts: Sequence[Count], epochs: int) -> int:
+    """How many of ``epochs`` the run has: fewer where a privacy budget does not last, unless its party leaves."""
+    if graph.privacy.when_spent == "leave":
+        return epochs
+    limits = [
+        turns
+        for count in counts
+        for phase in (TRAIN, EVALUATE)
+        if (turns := turns_of(count, phase)) is not None and count[SPLIT[phase]]
+    ]
+    return min([epochs, *limits])
+
+
+def run_schedule(graph: Graph, *, epochs: int, counts: Sequence[Count] = ()) -> Iterator[Turn | HandOn]:
+    """Every turn and hand-on of a training run, in order.  At the end every member holds the final weights.
+
+    ``counts``: where they are known, a stream whose budget is spent has no turn any more, and gets no weights.
+    """
+
+    def left(stream: int, phase: Phase, epoch: int) -> bool:
+        turns = turns_of(counts[stream], phase) if counts else None
+        return turns is not None and epoch >= turns
+
     streams = graph.streams
     together = tuple(range(streams))
     if graph.schedule != "round_robin":
@@ -103,6 +133,8 @@ def run_schedule(graph: Graph, *, epochs: int) -> Iterator[Turn | HandOn]:
     for epoch in range(epochs):
         for phase, order in ((TRAIN, together), (EVALUATE, (*together[-1:], *together[:-1]))):
             for stream in order:
+                if left(stream, phase, epoch):
+                    continue
                 if stream not in newest:
                     yield HandOn(holder, stream)
                     newest.add(stream)
@@ -118,18 +150,28 @@ def prediction_schedule(graph: Graph) -> Iterator[Turn]:
         yield Turn(PREDICT, 0, (stream,))
 
 
+def _sizes(turn: Turn, counts: Sequence[Count]) -> dict[int, int]:
+    """Samples of each stream of a turn; none where its budget for such turns is spent."""
+    sizes = {}
+    for stream in turn.streams:
+        turns = turns_of(counts[stream], turn.phase)
+        spent = turns is not None and turn.epoch >= turns
+        sizes[stream] = 0 if spent else counts[stream][SPLIT[turn.phase]]
+    return sizes
+
+
 def step_count(graph: Graph, turn: Turn, counts: Sequence[Count]) -> int:
     """How many steps ``turn`` has: as many as its longest stream has batches."""
     batch = graph.training.batch_size
     drop_last = graph.training.drop_last and turn.phase == TRAIN
-    sizes = [counts[stream][SPLIT[turn.phase]] for stream in turn.streams]
+    sizes = _sizes(turn, counts).values()
     return max((size // batch if drop_last else -(-size // batch) for size in sizes), default=0)
 
 
 def steps_of(graph: Graph, turn: Turn, counts: Sequence[Count], first: int) -> Iterator[Step]:
     """The steps of ``turn``, numbered from ``first``."""
     batch, micro_batches = graph.training.batch_size, graph.training.micro_batches
-    sizes = {stream: counts[stream][SPLIT[turn.phase]] for stream in turn.streams}
+    sizes = _sizes(turn, counts)
     drop_last = graph.training.drop_last and turn.phase == TRAIN
     start = 0
     number = first

@@ -12,18 +12,23 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from splitsec.errors import PartyFileError
+from splitsec.errors import PartyFileError, UnsafeSegment
 from splitsec.graph import CUSTOM, LOSSES, Graph
 from splitsec.messages import finite
 from splitsec.partyfile import PartyFile
 from splitsec.plan import Edge, Stage
+from splitsec.privacy.dpsgd import PrivateTraining
+from splitsec.privacy.errors import PrivacyError
+from splitsec.privacy.leakage import nopeek_term
+from splitsec.privacy.randomness import KeystreamSource
 from splitsec.samples import seed_of
 from splitsec.usercode import user_code
 from splitsec.yamlfile import meant
@@ -86,7 +91,7 @@ _arrived = cast("Callable[[torch.Tensor, list[torch.Tensor | None], int], torch.
 class _InFlight:
     gradients: list[torch.Tensor | None]
     outputs: dict[Edge, torch.Tensor] = field(default_factory=dict)
-    loss: torch.Tensor | None = None
+    losses: list[torch.Tensor] = field(default_factory=list)
 
 
 class Segment:
@@ -101,9 +106,14 @@ class Segment:
         loss: LossFunction | None = None,
         loss_name: str | None = None,
         seed: int = 0,
+        nopeek: float | None = None,
+        private: PrivateTraining | None = None,
     ) -> None:
         self.name = name
         self.module = module
+        self.nopeek = nopeek
+        self.private = private
+        self._step_rows = 0
         self.optimizer = optimizer
         self.loss = loss
         self.loss_name = loss_name
@@ -139,10 +149,11 @@ class Segment:
             if training:
                 assert update is not None
                 torch.default_generator.manual_seed(seed_of("forward", self.seed, self.name, update, micro))
+                self._step_rows = round(len(inputs[0]) / share)
                 for place in range(len(stage.inputs)):
                     if leaves[place].is_floating_point():
                         leaves[place] = _arrived(leaves[place].requires_grad_(), flight.gradients, place)
-            with user_code(f"segment {self.name!r}"):
+            with user_code(f"segment {self.name!r}"), self._private():
                 produced = self.module(*join_inputs(stage.join, leaves))
             for edge in stage.outputs:
                 flight.outputs[edge] = output_of(self.name, produced, edge)
@@ -152,7 +163,10 @@ class Segment:
                 self.score.add(float(loss.detach()), _correct(self.loss_name, produced.detach(), labels), len(labels))
                 if training:
                     weight = stage.loss_weight * share
-                    flight.loss = loss if weight == 1.0 else loss * weight
+                    flight.losses.append(loss if weight == 1.0 else loss * weight)
+            if training and self.nopeek is not None and stage.reads is not None:
+                leaves_here = [tensor for edge, tensor in flight.outputs.items() if not edge.local]
+                flight.losses += [self.nopeek * share * nopeek_term(inputs[-1], tensor) for tensor in leaves_here]
         if training:
             self._in_flight[micro] = flight
         prediction = produced.detach() if stage.labels is not None and isinstance(produced, torch.Tensor) else None
@@ -189,17 +203,31 @@ class Segment:
             else:
                 seeds[place] = seeds[place] + gradient
         ends = [_Seed.apply(seeds, *roots)] if roots else []  # type: ignore[no-untyped-call]
-        if flight.loss is not None and flight.loss.requires_grad:
-            ends.append(flight.loss)
+        ends += [loss for loss in flight.losses if loss.requires_grad]
         if ends:
             torch.autograd.backward(ends)
         return flight.gradients
 
     def step(self) -> None:
         """Apply the gradients gathered over the step's micro-batches, and forget them."""
+        if self.private is not None:
+            with self._private():
+                self.private.privatise(self._step_rows)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    @contextmanager
+    def _private(self) -> Iterator[None]:
+        """What private training cannot promise, in words that name the segment."""
+        try:
+            yield
+        except PrivacyError as error:
+            raise UnsafeSegment(
+                f"segment {self.name!r} with dp_sgd: {error}",
+                expected="gradients that are each one sample's own (docs/dp-sgd.md)",
+                fix="change the module as the message says, or remove `dp_sgd` from the party file",
+            ) from error
 
     def take_score(self) -> Score:
         """The sums since the last call."""
@@ -424,6 +452,44 @@ def _partial(function: Callable[..., Any], settings: Mapping[str, Any]) -> LossF
     return functools.partial(function, **settings) if settings else function
 
 
+def make_private(graph: Graph, party_file: PartyFile, segment: str, module: nn.Module) -> PrivateTraining | None:
+    """DP-SGD for ``segment``'s weights, where the party file asks for it.  Raises ``PartyFileError``,
+    ``UnsafeSegment``.
+    """
+    code = party_file.segments[segment]
+    if code.dp_sgd is None:
+        return None
+    where = ("segments", segment, "dp_sgd")
+    shared = graph.schedule == "parallel" and graph.segments[segment].at not in graph.groups and graph.streams > 1
+    if graph.training.micro_batches > 1 or shared:
+        raise party_file.error(
+            f"`dp_sgd` at the segment `{segment}`, which has several micro-batches under way in a step",
+            *where,
+            expected="one forward and one backward a step: gradients by sample cannot be told apart otherwise",
+            fix="place it at the members of the group" if shared else "write `micro_batches: 1` in the graph file",
+        )
+    if code.nopeek is not None:
+        raise party_file.error(
+            f"`dp_sgd` and `nopeek` at the segment `{segment}`",
+            *where,
+            expected="one of them: NoPeek compares the samples of a batch, so that no gradient is one sample's own",
+            fix="remove one of the two",
+        )
+    try:
+        return PrivateTraining(
+            module,
+            clip=code.dp_sgd.clip,
+            noise_multiplier=code.dp_sgd.noise_multiplier,
+            source=KeystreamSource(),
+        )
+    except PrivacyError as error:
+        raise UnsafeSegment(
+            f"{party_file.file}:{party_file.line_of(*where)}: `dp_sgd` at the segment {segment!r}: {error}",
+            expected="a module for which private training keeps its promise (docs/dp-sgd.md)",
+            fix="change the module as the message says, or remove `dp_sgd`",
+        ) from error
+
+
 def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
     """Build every segment that ``graph`` places at this party, with its weights drawn from the seed of its own name."""
     segments = {}
@@ -447,8 +513,10 @@ def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
             name,
             module,
             make_optimizer(party_file, name, module),
+            private=make_private(graph, party_file, name, module),
             loss=make_loss(graph, party_file, name),
             loss_name=graph.segments[name].loss,
             seed=seed,
+            nopeek=code.nopeek,
         )
     return segments

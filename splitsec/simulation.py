@@ -33,7 +33,7 @@ from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
 from splitsec.partyfile import Folder, load_folder
 from splitsec.plan import taking_part
-from splitsec.schedule import TRAIN, Turn, run_schedule, steps_of
+from splitsec.schedule import TRAIN, Turn, run_schedule, step_count, turns_of
 
 __all__ = ["Result", "Watch", "predict", "simulate"]
 
@@ -59,6 +59,10 @@ class Result:
     cuts: tuple[Mapping[str, Any], ...]
     predicted: Mapping[str, int] = field(default_factory=dict)
     out: str | None = None
+    epochs_wanted: int | None = None
+    """How many the graph asked for, where a privacy budget did not last for them."""
+    leakage: tuple[Mapping[str, Any], ...] = ()
+    """What parties that measure it found: by party, cut and epoch."""
 
     def as_json(self) -> dict[str, Any]:
         """The document that ``--json`` prints."""
@@ -73,6 +77,8 @@ class Result:
             "cuts": list(self.cuts),
             **({"predicted": dict(self.predicted)} if self.predicted else {}),
             **({"out": self.out} if self.out else {}),
+            **({"ended_by_budget": {"epochs": self.epochs, "of": self.epochs_wanted}} if self.epochs_wanted else {}),
+            **({"leakage": list(self.leakage)} if self.leakage else {}),
         }
 
 
@@ -83,22 +89,33 @@ def simulate(
     seed: int | None = None,
     out: str | Path | None = None,
     trace: str | Path | None = None,
+    state: str | Path | None = None,
     watch: Watch = lambda party, event: None,
     before_turn: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Train ``folder``'s graph with one process per party on this machine.
 
     ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
-    folder; ``trace``: folder for a trace of every party's traffic (docs/tracing.md).
+    folder; ``trace``: folder for a trace of every party's traffic (docs/tracing.md); ``state``: folder for every
+    party's ledger and journal, each in its party's own folder (without it, where the party file says, and a journal
+    only where there is a privacy policy).
     Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
     began = time.monotonic()
     _checked_place(out)
     _checked_place(trace, "--trace")
+    _checked_place(state, "--state")
     loaded = _checked(folder, epochs=epochs, seed=seed)
     if trace is not None:
         Path(trace).mkdir(mode=0o700, parents=True, exist_ok=True)
-    job = {"action": "train", "out": _absolute(out), "weights": None, "split": "train", "trace": _absolute(trace)}
+    job = {
+        "action": "train",
+        "out": _absolute(out),
+        "weights": None,
+        "split": "train",
+        "trace": _absolute(trace),
+        "state": _absolute(state),
+    }
     with _Processes(loaded, job, watch, before_turn) as processes:
         processes.follow()
         result = _summed(processes, began, out)
@@ -111,6 +128,7 @@ def predict(
     weights: str | Path,
     out: str | Path,
     split: Literal["train", "test", "predict"] = "predict",
+    state: str | Path | None = None,
     watch: Watch = lambda party, event: None,
 ) -> Result:
     """Send ``split`` of every party's data through the trained segments in ``weights`` and write predictions to
@@ -123,7 +141,14 @@ def predict(
     began = time.monotonic()
     _checked_place(out)
     loaded = _checked(folder)
-    job = {"action": "predict", "out": _absolute(out), "weights": _absolute(weights), "split": split, "trace": None}
+    job = {
+        "action": "predict",
+        "out": _absolute(out),
+        "weights": _absolute(weights),
+        "split": split,
+        "trace": None,
+        "state": _absolute(state),
+    }
     with _Processes(loaded, job, watch) as processes:
         processes.follow()
         result = _summed(processes, began, out)
@@ -460,9 +485,15 @@ def _summed(processes: _Processes, began: float, out: str | Path | None) -> Resu
     counts: list[dict[str, int]] = []
     scores: list[dict[str, Any]] = []
     cuts: list[dict[str, Any]] = []
+    leakage: list[dict[str, Any]] = []
+    epochs, wanted = graph.training.epochs, None
     for name, events in processes.events.items():
         for event in events:
             match event["event"]:
+                case "leakage":
+                    leakage.append({"party": name, **{key: value for key, value in event.items() if key != "event"}})
+                case "budget spent":
+                    epochs, wanted = event["epochs"], event["of"]
                 case "score":
                     scores.append(event)
                 case "traffic":
@@ -473,10 +504,13 @@ def _summed(processes: _Processes, began: float, out: str | Path | None) -> Resu
                     for segment, count in event.get("predicted", {}).items():
                         predicted[segment] = predicted.get(segment, 0) + count
     training = processes.job["action"] == TRAIN
+    graph = graph.model_copy(update={"training": graph.training.model_copy(update={"epochs": epochs})})
     return Result(
         graph=graph.name,
         parties=tuple(graph.parties),
         epochs=graph.training.epochs if training else 0,
+        epochs_wanted=wanted,
+        leakage=tuple(leakage),
         steps=_updates(graph, counts) if training else 0,
         wall_seconds=time.monotonic() - began,
         startup_seconds=processes.all_connected - processes.started,
@@ -506,8 +540,10 @@ def _crossed(party: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _updates(graph: Graph, counts: list[dict[str, int]]) -> int:
-    turns = [turn for turn in run_schedule(graph, epochs=1) if isinstance(turn, Turn) and turn.phase == TRAIN]
-    return graph.training.epochs * sum(1 for turn in turns for _ in steps_of(graph, turn, counts, 0))
+    limited = any(turns_of(count, TRAIN) is not None for count in counts)
+    epochs = graph.training.epochs if limited else 1  # else every epoch is like the first
+    turns = [turn for turn in run_schedule(graph, epochs=epochs) if isinstance(turn, Turn) and turn.phase == TRAIN]
+    return graph.training.epochs // epochs * sum(step_count(graph, turn, counts) for turn in turns)
 
 
 def _metrics(graph: Graph, scores: list[dict[str, Any]]) -> dict[str, Any]:

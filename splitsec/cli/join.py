@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from splitsec.cli.keys import add_passphrase_option, passphrase_for
+from splitsec.cli.simulate import add_state_option
 
 __all__ = ["add_parser", "run"]
 
@@ -51,6 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="write a line for every message to FILE: kind, size, time, never contents (`splitsec listen` reads it)",
     )
+    add_state_option(parser, "DIR in place of the party file's `state`")
     add_passphrase_option(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -115,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
         weights=Path(arguments.weights) if arguments.weights else None,
         split=arguments.data,
         trace=Path(arguments.trace) if arguments.trace else None,
+        state=Path(arguments.state) if arguments.state else None,
+        journal=True,
     )
     left: list[dict[str, Any]] = []
     with Followed(quiet=arguments.quiet) as watch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from splitsec.cli.simulate import add_state_option
+
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
@@ -35,6 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="predict",
         help="which samples of every party (default: predict)",
     )
+    add_state_option(parser, "DIR/<party>/ in place of the party file's `state` (FOLDER/state/<party>/)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on standard output"
     )
@@ -52,7 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     with Followed(quiet=arguments.quiet) as watch:
         result = predict(
-            arguments.folder, weights=arguments.weights, out=arguments.out, split=arguments.data, watch=watch
+            arguments.folder,
+            weights=arguments.weights,
+            out=arguments.out,
+            split=arguments.data,
+            state=arguments.state,
+            watch=watch,
         )
     if arguments.json:
         print(json.dumps(result.as_json(), indent=2))

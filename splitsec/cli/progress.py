@@ -84,6 +84,15 @@ class Followed:
                     print(f"{party}: {event['text']}", file=sys.stderr)
                 else:
                     self._line(f"{party}: {event['text']}")
+            case "budget spent":
+                self._line(
+                    f"{party}: the run ends after epoch {event['epochs']} of {event['of']}: a privacy budget is spent"
+                )
+            case "leakage":
+                self._line(
+                    f"epoch {event['epoch'] + 1}: {party} measured {event['cut']}: distance correlation of samples "
+                    f"and what left {event['distance_correlation_corrected']:.2f} (bias-corrected)"
+                )
             case "saved":
                 self._line(f"{party}: wrote {event['folder']}")
             case "done":
@@ -153,6 +162,11 @@ def print_result(result: Result) -> None:
             _bytes(row["bytes"]),
         )
     console.print(crossed)
+    if result.epochs_wanted:
+        console.print(
+            f"ended after {result.epochs} of {result.epochs_wanted} epochs: a party's privacy budget is spent "
+            "(`splitsec ledger` shows whose)"
+        )
     for segment, rows in result.predicted.items():
         console.print(f"predicted {rows:,} samples with {segment}")
     console.print(

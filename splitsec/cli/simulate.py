@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-__all__ = ["add_parser", "counted", "run", "seeded"]
+__all__ = ["add_parser", "add_state_option", "counted", "run", "seeded"]
 
 DESCRIPTION = """\
 Train FOLDER's graph on this machine: one process for each party, with throw-away keys, over real sockets on loopback;
@@ -36,10 +36,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="write a line for every message of each party to DIR/<party>.trace.jsonl: kind, size, time, never its "
         "contents (`splitsec listen` reads them)",
     )
+    add_state_option(parser, "DIR/<party>/ in place of the party file's `state` (FOLDER/state/<party>/)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on standard output"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def add_state_option(parser: argparse.ArgumentParser, where: str) -> None:
+    """Declare ``--state``, where ledger and journal are kept."""
+    parser.add_argument(
+        "--state", metavar="DIR", help=f"keep ledger and journal in {where}; another folder is another account"
+    )
 
 
 def counted(text: str) -> int:
@@ -74,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             out=arguments.out,
             trace=arguments.trace,
+            state=arguments.state,
             watch=watch,
         )
     if arguments.json:

@@ -88,7 +88,7 @@ def test_the_bytes_are_those_that_the_documentation_spells() -> None:
         '"groups":[],"labels":[],"name":"two",'
         '"parties":[["b",{"address":null,"key":null,"listen":null}],'
         '["a",{"address":null,"key":null,"listen":"ipc:///run/é"}]],'
-        '"post_quantum":true,"segments":[],"splitsec":1,'
+        '"post_quantum":true,"privacy":{"when_spent":"end"},"segments":[],"splitsec":1,'
         '"timeouts":{"connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
         '"training":{"batch_size":64,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
     )

@@ -1,0 +1,106 @@
+"""A party's books, opened before anything else is: ledger and journal in its state folder, and the safeguards that write
+in them.
+
+Here: whether a party needs which, and how mistakes there are told.  Not here: what stands in them (``splitsec.privacy.
+ledger``, ``journal``), when they are written (``safeguards``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from splitsec import __version__
+from splitsec.contract import digest
+from splitsec.demands import Demand, learnt_from
+from splitsec.errors import LedgerError
+from splitsec.graph import Graph
+from splitsec.journal import Journal
+from splitsec.partyfile import PartyFile
+from splitsec.plan import make_plan
+from splitsec.privacy import errors as below
+from splitsec.privacy.dpsgd import PrivateTraining
+from splitsec.privacy.ledger import Dataset, KnownBy, Ledger
+from splitsec.safeguards import Safeguards
+from splitsec.samples import Samples, sample_keys
+
+__all__ = ["JOURNAL_FILE", "LEDGER_FILE", "open_books"]
+
+LEDGER_FILE = "ledger.sqlite"
+JOURNAL_FILE = "journal.jsonl"
+
+
+class Wanted(Protocol):
+    """What a job says about books."""
+
+    @property
+    def state(self) -> Path | None: ...
+    @property
+    def journal(self) -> bool: ...
+    @property
+    def split(self) -> str: ...
+
+
+def open_books(
+    graph: Graph,
+    party_file: PartyFile,
+    demands: Mapping[tuple[str, int], Demand],
+    own: Mapping[str, Samples],
+    private: Mapping[str, PrivateTraining],
+    wanted: Wanted,
+    report: Callable[[dict[str, Any]], None],
+) -> Safeguards:
+    """The safeguards of a party, with its ledger where anything is accounted for, and its journal where one is kept.
+
+    A journal is kept where the job asks for one (``splitsec join`` does) and where any policy applies.  Raises
+    ``LedgerError``.
+    """
+    policy = party_file.privacy
+    accounted = bool(private) or any(one.mechanism is not None and one.carries for one in demands.values())
+    kept = wanted.journal or accounted or policy is not None or any(one.policy for one in demands.values())
+    folder = wanted.state or party_file.state_folder
+    ledger, journal, datasets = None, None, {}
+    try:
+        if kept:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            journal = Journal(
+                folder / JOURNAL_FILE,
+                party=party_file.party,
+                graph_digest=digest(graph).hex(),
+                version=__version__,
+            )
+        if accounted:
+            ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
+            if policy is not None:
+                ledger.set_policy(delta=policy.delta, budget=policy.epsilon, label_budget=policy.label_epsilon)
+            datasets = {split: _registered(ledger, split, wanted, samples) for split, samples in own.items()}
+    except (below.PrivacyError, OSError) as error:
+        if journal is not None:
+            journal.close()
+        if ledger is not None:
+            ledger.close()
+        raise LedgerError(
+            f"{folder}: {error.strerror if isinstance(error, OSError) and error.strerror else error}",
+            expected="a folder for this party's ledger and journal, which one running party uses at a time",
+            fix="look whether this party runs twice, whether its disk is full, and who may write there",
+        ) from error
+    return Safeguards(
+        demands,
+        own=policy,
+        private=private,
+        learnt_from=learnt_from(make_plan(graph, party_file.party)),
+        ledger=ledger,
+        datasets=datasets,
+        journal=journal,
+        warn=lambda text: report({"event": "warning", "text": text}),
+    )
+
+
+def _registered(ledger: Ledger, split: str, wanted: Wanted, samples: Samples) -> Dataset:
+    """The data set under a name that its own samples give it: the split, and eight digits of their digest."""
+    keys = sample_keys(samples)
+    mark = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:8]
+    known_by: KnownBy = "content" if samples.ids is None else "id"
+    return ledger.dataset(f"{wanted.split if split == 'predict' else split}-{mark}", keys, known_by=known_by)

@@ -1,0 +1,293 @@
+"""What happens to a tensor at the door, between the check against the graph and the channel: refuse a copy of the
+input, spend budget, clip, add noise, write down what left.
+
+Here: one party's safeguards at work, in that order.  Not here: what is demanded (``demands``), the mathematics and the
+ledger's file (``splitsec.privacy``), the journal's file (``journal``), the door itself (``guard``, where the story goes
+next).  A party without any policy and without a journal has no safeguards, and pays nothing for them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from splitsec.demands import Demand, Protects
+from splitsec.errors import BudgetSpent, EgressRefused, LedgerError, UnsafeSegment
+from splitsec.journal import Journal
+from splitsec.messages import Message
+from splitsec.partyfile import OwnPrivacy
+from splitsec.plan import Lane
+from splitsec.privacy import errors as below
+from splitsec.privacy.dpsgd import PrivateTraining
+from splitsec.privacy.ledger import Account, Dataset, Ledger, Meter
+from splitsec.privacy.leakage import measure
+from splitsec.privacy.mechanism import gaussian, clip_rows, laplace, randomise_labels
+from splitsec.privacy.policy import LabelPolicy, Policy
+from splitsec.privacy.randomness import KeystreamSource, NoiseSource
+from splitsec.privacy.release import Mechanism
+
+__all__ = ["Carried", "Safeguards"]
+
+LEAST_ROWS: Final = 8
+"""Samples below which leakage is not measured: the estimators say nothing there."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Whose data a message carries: this party's samples ``rows`` (int64 ``[n]``) of ``split``, in the message's order.
+
+    ``inputs``: the input fields of the whole split, ``[samples, ...]`` each.
+    """
+
+    split: str
+    rows: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
+    training: bool
+
+
+class Safeguards:
+    """One party's: ``demands`` by lane (peer, number).
+
+    ``private``: segments trained with DP-SGD, and what of this party's own each learns from.  ``ledger`` and
+    ``datasets`` (by split): where privacy is accounted for, or None where nothing is.  ``source``: of
+    the noise; the operating system's own by default.
+    """
+
+    def __init__(
+        self,
+        demands: Mapping[tuple[str, int], Demand],
+        *,
+        own: OwnPrivacy | None = None,
+        private: Mapping[str, PrivateTraining] | None = None,
+        learnt_from: Mapping[str, frozenset[Protects]] | None = None,
+        ledger: Ledger | None = None,
+        datasets: Mapping[str, Dataset] | None = None,
+        journal: Journal | None = None,
+        source: NoiseSource | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._demands = demands
+        self._own = own or OwnPrivacy()
+        self._private = dict(private or {})
+        self._learnt_from = dict(learnt_from or {})
+        self._ledger = ledger
+        self._datasets = dict(datasets or {})
+        self._journal = journal
+        self._source = source or KeystreamSource()
+        self._warn = warn
+        limits = {"delta": self._own.delta, "budget": self._own.epsilon, "label_budget": self._own.label_epsilon}
+        self._meter = None if ledger is None else Meter(ledger, **limits)
+        self._looked: dict[tuple[str, int], int] = defaultdict(int)
+        self._sums: dict[str, dict[str, list[float]]] = {}
+        self._warned: set[str] = set()
+
+    # --- before a run
+
+    def accounts(self, *, training: bool, labels: bool) -> list[tuple[Account, float | None]]:
+        """What one pass over the samples of a split costs: the accounts it spends once each, and their budgets."""
+        found: dict[Account, float | None] = {}
+        if training:
+            for segment, private in self._private.items():
+                found.update(self._accounts_of_weights(segment, private.release, private.clip))
+        for demand in self._demands.values():
+            kind = demand.lane.kind
+            if (kind == "gradient" and not training) or (kind == "labels" and not labels):
+                continue
+            found.update(self._accounts_of(demand))
+        return list(found.items())
+
+    def passes_left(self, split: str, *, training: bool, labels: bool, most: int) -> int:
+        """How many more complete passes over ``split`` the budgets allow, at most ``most``."""
+        if self._ledger is None or split not in self._datasets:
+            return most
+        by_budget: dict[tuple[str, float], list[Account]] = defaultdict(list)
+        for account, budget in self.accounts(training=training, labels=labels):
+            if budget is not None:
+                by_budget[account.protects, budget].append(account)
+        slots = self._datasets[split].slots
+        for (_, budget), accounts in by_budget.items():
+            most = self._ledger.passes_left(slots, accounts, budget=budget, delta=self._own.delta, most=most)
+        return most
+
+    def expect(self, split: str, batches: Sequence[torch.Tensor]) -> None:
+        """Say which samples the coming turn will release, in order: the ledger then writes once for many steps."""
+        if self._meter is not None and split in self._datasets and batches:
+            self._meter.expect(self._datasets[split].slots[torch.cat(list(batches)).numpy()])
+
+    # --- at the door
+
+    def treat(self, key: tuple[str, int], message: Message, carried: Carried | None) -> Message:
+        """What may leave in place of ``message``; its budget is spent.  The tensors given are not changed.
+
+        Raises ``UnsafeSegment`` for a copy of the input, ``BudgetSpent``, ``EgressRefused``.
+        """
+        demand = self._demands.get(key)
+        if demand is None or not message.tensors:
+            return message
+        ((name, tensor),) = message.tensors.items()
+        if carried is not None and not demand.raw and "inputs" in demand.carries:
+            _refuse_copies(demand.lane, tensor, carried)
+        if carried is not None:
+            self._spend(demand, carried)
+        treated = self._applied(demand, tensor)
+        if carried is not None and carried.training and demand.lane.kind == "activation":
+            self._look(key, demand, treated, carried)
+        return message if treated is tensor else Message(message.kind, message.key, message.facts, {name: treated})
+
+    def spend_on_weights(self, segment: str, private: PrivateTraining, carried: Carried) -> None:
+        """Account for one use of ``carried``'s samples in the weights of ``segment``.  Raises ``BudgetSpent``."""
+        if self._ledger is None or carried.split not in self._datasets:
+            return
+        slots = self._datasets[carried.split].slots[carried.rows.numpy()]
+        for account in self._accounts_of_weights(segment, private.release, private.clip):
+            self._pay(account, slots)
+
+    def record(self, lane: Lane, message: Message, parts: Sequence[bytes | memoryview], carried: Carried | None) -> None:
+        """Write down what is about to leave: ``parts`` are its header and body.  Raises ``UserError``."""
+        if self._journal is None:
+            return
+        demand = self._demands.get((lane.peer, lane.number))
+        step, micro = message.key if len(message.key) == 2 else (None, None)
+        self._journal.append(
+            to=lane.peer,
+            kind=lane.kind,
+            cut=lane.name,
+            step=step,
+            micro_batch=micro,
+            shapes=[list(tensor.shape) for tensor in message.tensors.values()],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in message.tensors.values()],
+            records=0 if carried is None or not message.tensors else len(carried.rows),
+            privacy=None if demand is None or demand.policy is None or not message.tensors else str(demand),
+            body=parts,
+        )
+
+    # --- after a turn, after a run
+
+    def take_leakage(self) -> dict[str, dict[str, float]]:
+        """Means over what was measured since the last call, by cut: between raw inputs and what left."""
+        sums, self._sums = self._sums, {}
+        means = {cut: {name: sum(values) / len(values) for name, values in one.items()} for cut, one in sums.items()}
+        limit = self._own.leakage.limit if self._own.leakage else None
+        for cut, values in means.items():
+            found = values[LIMITED]
+            if limit is not None and found > limit and cut not in self._warned:
+                self._warned.add(cut)
+                self._warn(
+                    f"what leaves over {cut} tells more about the samples than this party wants: distance correlation "
+                    f"{found:.2f} (bias-corrected), limit {limit:g}; cut deeper, add noise, or use `nopeek`"
+                )
+        return means
+
+    def close(self) -> None:
+        """Give back what was reserved and never released, and close ledger and journal.  The door is closed already."""
+        if self._meter is not None:
+            self._meter.close(orderly=True)
+        if self._ledger is not None:
+            self._ledger.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    # --- its parts
+
+    def _accounts_of(self, demand: Demand) -> dict[Account, float | None]:
+        mechanism = demand.mechanism
+        if self._ledger is None or mechanism is None:
+            return {}
+        lane = demand.lane
+        name = {"gradient": f"{lane.name} (gradient)", "labels": f"labels: {lane.name}"}.get(lane.kind, lane.name)
+        budgets = {"inputs": self._own.epsilon, "labels": self._own.label_epsilon}
+        return {
+            self._ledger.account(name, what, mechanism, demand.clip): budgets[what] for what in sorted(demand.carries)
+        }
+
+    def _accounts_of_weights(self, segment: str, release: Mechanism, clip: float) -> dict[Account, float | None]:
+        assert self._ledger is not None
+        budgets = {"inputs": self._own.epsilon, "labels": self._own.label_epsilon}
+        name = f"weights of {segment}"
+        return {
+            self._ledger.account(name, what, release, clip): budgets[what]
+            for what in sorted(self._learnt_from.get(segment, ()))
+        }
+
+    def _spend(self, demand: Demand, carried: Carried) -> None:
+        if self._meter is None or carried.split not in self._datasets:
+            return
+        slots = self._datasets[carried.split].slots[carried.rows.numpy()]
+        for account in self._accounts_of(demand):
+            self._pay(account, slots)
+
+    def _pay(self, account: Account, slots: Any) -> None:
+        assert self._meter is not None
+        try:
+            self._meter.spend(account, slots)
+        except below.BudgetSpent as error:
+            raise BudgetSpent(
+                f"{error}",
+                expected="a budget that lasts for the run",
+                fix="nothing was sent; `splitsec ledger` shows what was spent. Stop here, or train with more noise or "
+                "fewer epochs on data that has budget left; a larger budget is a decision, not a repair",
+            ) from error
+        except below.PrivacyError as error:
+            raise LedgerError(
+                f"the ledger cannot be written: {error}",
+                expected="budget spent, durably, before anything leaves",
+                fix="nothing was sent; make room on the disk, or give this user the right to write there",
+            ) from error
+
+    def _applied(self, demand: Demand, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            match demand.policy:
+                case LabelPolicy(epsilon=epsilon, classes=classes):
+                    return randomise_labels(tensor, classes=classes, epsilon=epsilon, source=self._source)
+                case Policy(clip=float() as clip, noise="gaussian", noise_multiplier=float() as scale):
+                    return gaussian(tensor, clip=clip, noise_multiplier=scale, source=self._source)
+                case Policy(clip=float() as clip, noise="laplace", noise_multiplier=float() as scale):
+                    return laplace(tensor, clip=clip, noise_multiplier=scale, source=self._source)
+                case Policy(clip=float() as clip):
+                    return clip_rows(tensor, clip)
+        except below.PrivacyError as error:
+            lane = demand.lane
+            raise EgressRefused(
+                f"{lane.kind} of {lane.name} to {lane.peer}: {error}",
+                expected=f"what can be given {demand}",
+                fix="nothing was sent; look at what the segment makes, and at `privacy` of that cut",
+            ) from error
+        return tensor
+
+    def _look(self, key: tuple[str, int], demand: Demand, sent: torch.Tensor, carried: Carried) -> None:
+        if self._own.leakage is None or "inputs" not in demand.carries or len(carried.rows) < LEAST_ROWS:
+            return
+        self._looked[key] += 1
+        if (self._looked[key] - 1) % self._own.leakage.every:
+            return
+        raw = [field[carried.rows].flatten(1).to(torch.float64) for field in carried.inputs.values()]
+        if not raw:
+            return
+        values = measure(torch.cat(raw, 1), sent)
+        kept = self._sums.setdefault(demand.lane.name, defaultdict(list))
+        for name, value in values.items():
+            kept[name].append(value)
+
+
+LIMITED: Final = "distance_correlation_corrected"
+"""The measure that a party's limit is about."""
+
+
+def _refuse_copies(lane: Lane, tensor: torch.Tensor, carried: Carried) -> None:
+    """Raise ``UnsafeSegment`` if ``tensor`` holds, for every sample, the very numbers of an input field."""
+    rows = carried.rows
+    for field in carried.inputs.values():
+        if field.numel() * len(tensor) != tensor.numel() * len(field) or not len(tensor):
+            continue
+        raw, sent = field[rows].reshape(len(rows), -1).to(tensor.dtype), tensor.reshape(len(tensor), -1)
+        if raw.any() and torch.equal(raw, sent):
+            raise UnsafeSegment(
+                f"the {lane.kind} of {lane.name} to {lane.peer} equals the samples themselves",
+                expected="what a segment made of them; raw data stays here",
+                fix="nothing was sent; look at the segment's module (an nn.Identity?), or write `raw: true` at that "
+                "cut in the graph file if all parties agree that it carries samples as they are",
+            )
