@@ -22,23 +22,23 @@ distribution functions for the divided and for the whole shift cross once, so th
 larger for every c.  More coordinates follow one by one.)
 
 *Mixtures* go through the privacy loss distributions of Google's dp-accounting, rounded up to a grid (pessimistic
-estimates, connect-the-dots: Doroshenko et al., Connect the dots, PETS 2022).  Every other bound that holds is also
+estimates; Doroshenko et al., Connect the dots, PETS 2022).  Every other bound that holds is also
 computed, and the least of them is the answer.  Its distributions are composed here, not by its ``PLDAccountant``, which
 in 0.6.0 counts a repeated ``RandomizedResponseDpEvent`` once.
 
 *The sampler's share.*  Noise is drawn from a finite number of bits (``randomness``).  Let ``ATOM_ERROR`` bound the
-relative error of the probability of any integer within REACH scales, and ``TAIL`` twice the mass beyond.  Let N be the
+relative error of the probability of any integer within REACH scales, and ``TAIL`` the mass beyond.  Let N be the
 numbers released.  While every number lies within REACH of what either of two values of the sample would centre it on,
 the real probability of all that was released and the ideal one differ by a factor of e**(N ATOM_ERROR) at most, once
 for each of the two values.  With beta bounding the probability that some number does not,
 
     epsilon' = epsilon + 2 N ATOM_ERROR,    delta' = e**(N ATOM_ERROR) delta + beta.
 
-The other value's centre is away by a vector of norm 1/z at most (L2 for Gaussian, L1 for Laplace), in scales.  The tail
-beyond REACH less a shift is convex in the shift squared (Laplace: in the shift) up to what TAIL covers, so the worst
-vector has one coordinate, and one release of d numbers adds ``d TAIL + P(X > REACH - 1/z)`` to beta.  That costs nothing
-at sensible multipliers.  At delta 1e-5 a Gaussian multiplier of 1/5 still has an answer for 30 releases; 1/6 has none but
-infinity, where the closed form would say 45 for a single one.
+The other value's centre is away by a vector of norm 1/z at most (L2 for Gaussian, L1 for Laplace), in scales.  The
+tail beyond REACH less a shift is convex in the shift squared (Laplace: in the shift) up to what TAIL covers, so the
+worst vector has one coordinate, and one release of d numbers adds ``d TAIL + P(X > REACH - 1/z)`` to beta.  That costs
+nothing at sensible multipliers.  At delta 1e-5 a Gaussian multiplier of 1/5 still has an answer for 30 releases; 1/6
+has none but infinity, where the closed form would say 43 for a single one.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ ATOM_ERROR: Final = 2.0**-38
 ``randomness.ATOM_ERROR``, where it is derived, is 16 times smaller."""
 
 TAIL: Final = 2.0**-73
-"""Probability that one number lies beyond REACH on either side: ``randomness.TAIL_MASS`` (2**-75) for the sampler's own,
-and twice the ideal mass beyond 9.89 standard deviations or 52 Laplace scales."""
+"""At least the probability that one number lies beyond REACH: ``randomness.TAIL_MASS`` (2**-75) of the sampler's own,
+and the ideal mass beyond 10 standard deviations on one side and 9.89 on the other, or beyond 52 Laplace scales."""
 
 GAUSSIAN_REACH: Final = 10.0
 """Standard deviations within which ``ATOM_ERROR`` holds."""
@@ -78,8 +78,9 @@ _CONTINUED: Final = -5.0  # below it Mills' ratio is a continued fraction
 _TERMS: Final = 60
 
 _PLD_DELTA: Final = 1e-9  # least delta for which distributions are used
+_PLD_RELEASES: Final = 2**17  # most pure releases for which they are used: time and memory are bounded
 _FFT_ERROR: Final = 1e-10  # of delta: sums over 2**20 cells, each right to 2**-53 of the largest
-_FINE, _COARSE = 2**18, 2**13  # cells in the whole range of the loss, at most and at least
+_FINE, _COARSE = 2**16, 2**13  # cells in the whole range of the loss, at most and at least
 _CELLS_PER_LOSS: Final = 16
 
 
@@ -170,16 +171,18 @@ class _Pure:
 @lru_cache(maxsize=4096)
 def _epsilon(releases: _Counted, delta: float) -> float:
     factor, beta = _sampler(releases)
-    left = (delta - beta) * math.exp(-factor)
-    if left <= 0:
+    left = (delta - beta) * math.exp(-factor) if beta < delta else 0.0
+    if not left > 0:
         return math.inf
-    mu = math.sqrt(math.fsum(count / one.noise_multiplier**2 for one, count in releases if isinstance(one, Gaussian)))
+    shifts = [(1 / one.noise_multiplier, count) for one, count in releases if isinstance(one, Gaussian)]
+    mu = math.sqrt(math.fsum(shift * shift * count for shift, count in shifts))  # exact, so in any order
     pure = _pure(releases)
     if not pure:
         return (_gaussian_epsilon(mu, left) + 2 * factor) * (1 + _SAFETY)
-    summed = math.fsum(one.count * one.epsilon for one in pure)
+    summed = sum(one.count * one.epsilon for one in pure)
     bounds = [_gaussian_epsilon(mu, left) + summed]
-    if left >= _PLD_DELTA and math.isfinite(bounds[0]) and not (mu == 0 and len(pure) == 1 and pure[0].count == 1):
+    number = sum(one.count for one in pure)
+    if left >= _PLD_DELTA and number <= _PLD_RELEASES and math.isfinite(bounds[0]) and (mu or number > 1):
         distributions = _dp_accounting(needed=mu > 0)
         if distributions is not None:
             bounds.append(_composed(distributions, mu, pure, bounds[0], left))
@@ -288,7 +291,7 @@ def _dp_accounting(*, needed: bool) -> Any:
 
 
 def _composed(distributions: Any, mu: float, pure: list[_Pure], bound: float, delta: float) -> float:
-    """Epsilon by privacy loss distributions, rounded up to a grid.  ``bound``: some other bound, which sets the grid."""
+    """Epsilon by privacy loss distributions, rounded up to a grid, whose width follows from ``bound``."""
     cell = _cell(mu, pure, bound)
     composed = None
     if mu:
@@ -308,8 +311,8 @@ def _composed(distributions: Any, mu: float, pure: list[_Pure], bound: float, de
         alone = alone.self_compose(one.count)
         composed = alone if composed is None else composed.compose(alone)
     assert composed is not None
-    releases = sum(one.count for one in pure)
-    return float(composed.get_epsilon_for_delta(delta - _FFT_ERROR - releases * 2.0**-50))
+    error = _FFT_ERROR + sum(one.count for one in pure) * 2.0**-50
+    return float(composed.get_epsilon_for_delta(delta - error))
 
 
 def _response(mechanism: RandomisedResponse) -> tuple[float, float]:

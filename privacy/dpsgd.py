@@ -317,7 +317,6 @@ class PrivateTraining:
         half = self._samples // 2
         index = torch.arange(self._samples)
         index[half:] -= half
-        index[-1] = 0  # an odd batch's last sample
         altered = [a[index.to(a.device)] if isinstance(a, torch.Tensor) else a for a in arguments]
         if half == 0 or all(
             torch.equal(a, b) for a, b in zip(arguments, altered, strict=True) if isinstance(a, torch.Tensor)

@@ -902,7 +902,7 @@ def _copy(source: Path, copy: Path) -> None:
         header, before = _contents(log, 32), _about(source)
         main = source.read_bytes()
         written = _contents(log)
-        if written[:32] == header and (header or (before == _about(source) and not log.exists())):
+        if written[:32] == header and (header or before == _about(source)):
             copy.write_bytes(main)
             _beside(copy, "-wal").write_bytes(written)
             return

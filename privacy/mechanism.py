@@ -10,7 +10,7 @@ was, nearly always, whatever epsilon the closed form says (Mironov, On significa
 differential privacy, CCS 2012; a test here runs that attack on both).  So noise is added to integers:
 
 1. A row x is scaled to norm at most C (1 - 2**-20), divided by the grid g = scale / 2**21 and rounded towards zero to
-   an integer vector n.  Rounding towards zero only shrinks, so ||n|| <= C / g holds exactly, whatever was rounded where.
+   an integer vector n.  Rounding towards zero only shrinks, so ||n|| <= C / g is exact, whatever else was rounded.
 2. k = round(X) is drawn for every coordinate, X Gaussian or Laplace noise of scale 2**21 (``randomness``: each integer
    has its probability to within a stated error, which the accounting adds).
 3. (n + k) g is released, rounded to the tensor's dtype.
@@ -45,8 +45,8 @@ from splitsec.privacy.randomness import (
 )
 
 __all__ = [
-    "CLIP_RANGE",
     "CLASSES_RANGE",
+    "CLIP_RANGE",
     "EPSILON_RANGE",
     "NOISE_MULTIPLIER_RANGE",
     "clip_rows",
@@ -66,7 +66,7 @@ EPSILON_RANGE: Final = (2.0**-20, 40.0)
 
 CLASSES_RANGE: Final = (2, 2**20)
 
-_FARTHEST: Final = {gaussian_noise: 16, laplace_noise: 64}  # the largest draw, in scales
+_FARTHEST: Final = {2: 16, 1: 64}  # the largest draw, in scales: Gaussian beside L2, Laplace beside L1
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROW: Final = 2**30  # numbers in a row: a float64 sum of so many squares is right to 2**-23
 _SHY: Final = 1 - 2.0**-19  # rows are scaled to this much of the bound, so that roundings stay below 1 - 2**-20
@@ -91,7 +91,7 @@ def clip_rows(tensor: Tensor, bound: float, norm: Norm = 2) -> Tensor:
     _within("the clip norm", bound, CLIP_RANGE)
     result = torch.empty_like(tensor, requires_grad=False)
     with torch.no_grad(), _Rows(tensor, result) as rows:
-        factors = _towards_zero(bound * _SHY / _norms(rows.given, norm).clamp_(min=bound * _SHY), rows.work)
+        factors = _factors(_norms(rows.given, norm), bound, bound, rows.work)
         for given, factor, out in rows.pieces(factors):
             out.copy_(_towards_zero(given * factor, tensor.dtype))
     return result
@@ -130,12 +130,15 @@ def _noised(
     _within("the clip norm", clip, CLIP_RANGE)
     _within("the noise multiplier", noise_multiplier, NOISE_MULTIPLIER_RANGE)
     scale = noise_multiplier * 2 * clip
-    if clip + _FARTHEST[stream] * scale > torch.finfo(tensor.dtype).max:
-        raise BadParameter(f"noise of scale {scale:g} does not fit {tensor.dtype}: take another dtype or a smaller clip")
+    if clip + _FARTHEST[norm] * scale > torch.finfo(tensor.dtype).max:
+        raise BadParameter(
+            f"noise of scale {scale:g} does not fit {tensor.dtype}: take another dtype or a smaller clip"
+        )
     result = torch.empty_like(tensor, requires_grad=False)
     with torch.no_grad(), _Rows(tensor, result) as rows:
         noise = stream(source, tensor.numel())
-        factors = _grid_factors(_norms(rows.given, norm), clip, noise_multiplier, rows.work)
+        radius = SCALE / (2 * noise_multiplier)  # C / g
+        factors = _factors(_norms(rows.given, norm), clip, radius, rows.work)
         size = min(CHUNK, tensor.numel())
         scaled, whole, drawn = (torch.empty(size, dtype=dtype) for dtype in (rows.work, torch.int32, torch.int32))
         for given, factor, out in rows.pieces(factors):
@@ -149,10 +152,11 @@ def _noised(
     return result
 
 
-def _grid_factors(norms: Tensor, clip: float, noise_multiplier: float, work: torch.dtype) -> Tensor:
-    """What each row is multiplied by before it is rounded to integers of norm at most SCALE / (2 noise_multiplier)."""
-    radius = SCALE / (2 * noise_multiplier)  # C / g
-    return _towards_zero(radius * _SHY / norms.clamp(min=clip * _SHY), work)
+def _factors(norms: Tensor, bound: float, radius: float, work: torch.dtype) -> Tensor:
+    """[n, 1] in ``work``: what takes each row, clipped to ``bound``, to a norm of at most ``radius`` (1 - 2**-20), the
+    rounding of the products included.  Exactly 1 for a row within the bound, if ``radius`` is the bound.
+    """
+    return _towards_zero(torch.full_like(norms, radius * _SHY).div_(norms.clamp(min=bound * _SHY)), work)
 
 
 def _norms(rows: Tensor, norm: Norm) -> Tensor:
@@ -167,12 +171,13 @@ def _norms(rows: Tensor, norm: Norm) -> Tensor:
 
 
 def _towards_zero(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` in ``dtype``, each rounded towards zero.  Takes one from the bits where the nearest lay farther out."""
+    """``values`` in ``dtype``, each rounded towards zero: one off the bits where the nearest lay farther out."""
     if values.dtype == dtype:
         return values
     nearest = values.to(dtype)
     bits = nearest.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    return (bits - (nearest.to(values.dtype).abs() > values.abs()).to(bits.dtype)).view(dtype)
+    bits -= (nearest.to(values.dtype).abs() > values.abs()).to(bits.dtype)  # in place: the bits are those of nearest
+    return nearest
 
 
 class _Rows:

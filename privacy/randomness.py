@@ -349,6 +349,6 @@ def laplace_integers(count: int, source: NoiseSource) -> Tensor:
 
 def _all_of(noise: IntegerNoise, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.int32)
-    for piece in out.split(CHUNK):
-        noise.fill(piece)
+    for start in range(0, count, CHUNK):
+        noise.fill(out[start : start + CHUNK])
     return out.to(torch.int64)

@@ -49,7 +49,7 @@ class Laplace:
 
 @dataclass(frozen=True, order=True)
 class RandomisedResponse:
-    """A label out of ``classes`` that is kept with probability e^epsilon / (e^epsilon + classes - 1), else any other."""
+    """A label out of ``classes``, kept with probability e^epsilon / (e^epsilon + classes - 1), else any other."""
 
     epsilon: float
     classes: int

@@ -1,5 +1,5 @@
-"""A party's books, opened before anything else is: ledger and journal in its state folder, and the safeguards that write
-in them.
+"""A party's books, opened before any connection: ledger and journal in its state folder, and the safeguards that
+write in them.
 
 Here: whether a party needs which, and how mistakes there are told.  Not here: what stands in them (``splitsec.privacy.
 ledger``, ``journal``), when they are written (``safeguards``).

@@ -47,9 +47,9 @@ class Engine:
     ) -> dict[str, list[torch.Tensor]]:
         """Run ``step`` to its end at this party.
 
-        ``rows`` gives this party's own samples, ``whose`` says to the guard which they are; ``update`` numbers the optimiser update that a training step makes.
-        Returns the outputs of the segments with a loss here, one tensor for each micro-batch (only for a step that
-        predicts).
+        ``rows`` gives this party's own samples, ``whose`` says to the guard which they are; ``update`` numbers the
+        optimiser update that a training step makes.  Returns the outputs of the segments with a loss here, one tensor
+        for each micro-batch (only for a step that predicts).
         """
         run = _StepRun(self, step, rows, update, whose)
         run.give_labels()

@@ -63,8 +63,8 @@ STEP_REPORT_SECONDS = 0.1
 @dataclass(frozen=True)
 class Job:
     """What to run.  ``out``: folder for trained segments and predictions; ``weights``: folder of trained segments to
-    load; ``trace``: file to which the outside of every message is written (docs/tracing.md); ``state``: folder of ledger
-    and journal in place of the party file's; ``journal``: keep a journal also where no policy asks for one.
+    load; ``trace``: file to which the outside of every message is written (docs/tracing.md); ``state``: folder of
+    ledger and journal in place of the party file's; ``journal``: keep a journal also where no policy asks for one.
     """
 
     action: Literal["train", "predict"] = "train"
@@ -198,9 +198,7 @@ def open_guard(
             fix="look what uses it, or give another `listen` in the party file",
         ) from error
     names = {peer: keys[peer] for peer in plan.peers}
-    return Guard(
-        plan, names, thread, connect_timeout=graph.timeouts.connect, together=together, safeguards=safeguards
-    )
+    return Guard(plan, names, thread, connect_timeout=graph.timeouts.connect, together=together, safeguards=safeguards)
 
 
 class Party:

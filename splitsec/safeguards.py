@@ -23,9 +23,9 @@ from splitsec.partyfile import OwnPrivacy
 from splitsec.plan import Lane
 from splitsec.privacy import errors as below
 from splitsec.privacy.dpsgd import PrivateTraining
-from splitsec.privacy.ledger import Account, Dataset, Ledger, Meter
 from splitsec.privacy.leakage import measure
-from splitsec.privacy.mechanism import gaussian, clip_rows, laplace, randomise_labels
+from splitsec.privacy.ledger import Account, Dataset, Ledger, Meter
+from splitsec.privacy.mechanism import clip_rows, gaussian, laplace, randomise_labels
 from splitsec.privacy.policy import LabelPolicy, Policy
 from splitsec.privacy.randomness import KeystreamSource, NoiseSource
 from splitsec.privacy.release import Mechanism
@@ -79,8 +79,10 @@ class Safeguards:
         self._journal = journal
         self._source = source or KeystreamSource()
         self._warn = warn
-        limits = {"delta": self._own.delta, "budget": self._own.epsilon, "label_budget": self._own.label_epsilon}
-        self._meter = None if ledger is None else Meter(ledger, **limits)
+        self._meter = None
+        if ledger is not None:
+            limits = self._own.epsilon, self._own.label_epsilon
+            self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
         self._sums: dict[str, dict[str, list[float]]] = {}
         self._warned: set[str] = set()
@@ -146,7 +148,9 @@ class Safeguards:
         for account in self._accounts_of_weights(segment, private.release, private.clip):
             self._pay(account, slots)
 
-    def record(self, lane: Lane, message: Message, parts: Sequence[bytes | memoryview], carried: Carried | None) -> None:
+    def record(
+        self, lane: Lane, message: Message, parts: Sequence[bytes | memoryview], carried: Carried | None
+    ) -> None:
         """Write down what is about to leave: ``parts`` are its header and body.  Raises ``UserError``."""
         if self._journal is None:
             return

@@ -152,9 +152,9 @@ def sample_keys(samples: Samples) -> list[bytes]:
     """
     if samples.ids is not None:
         return [hashlib.sha256(b"id/" + sample_id.encode()).digest() for sample_id in samples.ids]
-    parts = [
-        f"{name}/{tensor.dtype}/{tuple(tensor.shape[1:])}/".encode() for name, tensor in samples.fields.items()
-    ]
+    if not samples.count:
+        return []
+    parts = [f"{name}/{tensor.dtype}/{tuple(tensor.shape[1:])}/".encode() for name, tensor in samples.fields.items()]
     tensors = [tensor.contiguous().view(torch.uint8).reshape(samples.count, -1) for tensor in samples.fields.values()]
     seen: dict[bytes, int] = {}
     keys = []
@@ -162,7 +162,7 @@ def sample_keys(samples: Samples) -> list[bytes]:
         digest = hashlib.sha256(b"fields/")
         for part, tensor in zip(parts, tensors, strict=True):
             digest.update(part)
-            digest.update(memoryview(tensor[row].numpy()))
+            digest.update(tensor[row].numpy().data)
         content = digest.digest()
         seen[content] = number = seen.get(content, 0) + 1
         keys.append(hashlib.sha256(content + number.to_bytes(8, "big")).digest())

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         leave_the_compiler_out()
         probe(folder)
+    safeguards = _safeguards(folder)
     if arguments.svg == "-":
         from splitsec.drawing import svg
 
@@ -71,13 +72,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(_as_json(folder), indent=2))
+        print(json.dumps({**_as_json(folder), "safeguards": safeguards}, indent=2))
     else:
         from splitsec.drawing import draw
 
         sys.stdout.write(draw(folder.graph, ascii_only=not _draws_boxes(sys.stdout.encoding)))
+        if any(one["policy"] for one in safeguards):
+            print("\nwhat is done before it leaves")
+            for one in safeguards:
+                print(f"  {one['party']} to {one['to']}, {one['kind']} of {one['of']}: {one['policy'] or 'as it is'}")
         print(f"\ndigest {digest(folder.graph).hex()[:16]}  (every party must have the same)")
     return 0
+
+
+def _safeguards(folder: Folder) -> list[dict[str, Any]]:
+    """What each party does to what it sends in a step, and which of its own data that carries."""
+    from splitsec.demands import check_demands, demands_of
+    from splitsec.plan import make_plan
+
+    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for name, party_file in folder.parties.items():
+        demands = demands_of(folder.graph, party_file, make_plan(folder.graph, name))
+        check_demands(party_file, demands)
+        for demand in demands.values():
+            lane = demand.lane
+            found[name, lane.peer, lane.kind, lane.name] = {
+                "party": name,
+                "to": lane.peer,
+                "kind": lane.kind,
+                "of": lane.name,
+                "carries": sorted(demand.carries),
+                "policy": None if demand.policy is None else str(demand.policy),
+            }
+    return list(found.values())
 
 
 def _write_svg(folder: Folder, file: Path) -> None:

@@ -71,7 +71,7 @@ def accuracy_by_segment(document: dict[str, Any]) -> dict[str, float]:
 
 
 def test_every_folder_is_listed() -> None:
-    assert sorted(file.parent.name for file in EXAMPLES.glob("*/graph.yaml")) == list(NAMES)
+    assert sorted(file.parent.name for file in EXAMPLES.glob("*/graph.yaml")) == sorted([*NAMES, "private"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,3 +149,36 @@ def test_vertical_reaches_95_percent_on_patients_held_out_and_predicts_them(tmp_
     malignant = dict(zip(known["id"], known["y"].flatten().tolist(), strict=True))
     right = [(logit > 0) == (malignant[patient] > 0.5) for patient, logit in zip(ids, logits, strict=True)]
     assert sum(right) / len(right) == pytest.approx(accuracy)
+
+
+def test_the_private_example_spends_what_its_readme_says(tmp_path: Path) -> None:
+    """Noise makes it differ from one process, so it has no twin; its ledger and journal are what it shows."""
+    state = tmp_path / "state"
+    run = splitsec("simulate", EXAMPLES / "private", "--state", state)
+    assert run["epochs"] == 10 and run["steps"] == 400
+    entries = splitsec_alone("ledger", state)["entries"]
+    assert {entry["dataset"].split("-")[0]: entry["releases"] for entry in entries} == {"train": 10, "test": 10}
+    for entry in entries:
+        assert (entry["party"], entry["cut"]) == ("clinic", "stem -> trunk")
+        assert (entry["noise_multiplier"], entry["clip"], entry["delta"]) == (2.0, 1.0, 1e-5)
+        assert 7.511 <= entry["epsilon"] <= 7.549 < entry["epsilon_budget"]
+    verified = splitsec_alone("journal", "verify", state)
+    assert not any(one["findings"] for one in verified["journals"])
+    again = subprocess.run(
+        [sys.executable, "-m", "splitsec", "simulate", EXAMPLES / "private", "--state", state, "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert again.returncode == 3
+    assert "the privacy budget of clinic is spent" in again.stderr
+
+
+def splitsec_alone(*arguments: str | Path) -> dict[str, Any]:
+    """A command that shows no progress, with ``--json``."""
+    command = [sys.executable, "-m", "splitsec", *map(str, arguments), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert isinstance(document, dict)
+    return document

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -39,17 +41,21 @@ class NoNoise:
 
 
 def exact_norm(row: Tensor, norm: int) -> Fraction:
-    """The L1 norm, or the square of the L2 norm."""
-    return sum((abs(Fraction(x)) ** norm for x in row.flatten().tolist()), Fraction(0))
+    """The L1 norm, or the square of the L2 norm, in whole numbers of the smallest float64."""
+    whole = 0
+    for x in row.flatten().tolist():
+        over, under = abs(x).as_integer_ratio()
+        whole += (over << 1074 + 1 - under.bit_length()) ** norm
+    return Fraction(whole, 1 << 1074 * norm)
 
 
 def adversarial(dtype: torch.dtype, bound: float) -> Iterator[Tensor]:
     """Rows that would pass ``bound`` if a rounding went the wrong way anywhere."""
     info, random = torch.finfo(dtype), np.random.default_rng(7)
-    for size in (1, 3, 257, 4096):
-        for base in (1.0, 1 / 3, 0.7, math.pi, info.tiny, info.smallest_normal * 3, info.eps, math.sqrt(info.max)):
-            yield torch.full((1, size), base).to(dtype)
-        near = torch.from_numpy(random.standard_normal((8, size)))
+    for size in (1, 3, 200):
+        constants = 1.0, 1 / 3, 0.7, math.pi, info.tiny, info.smallest_normal * 3, info.eps, info.max**0.25
+        yield torch.tensor(constants, dtype=torch.float64)[:, None].expand(-1, size).to(dtype)
+        near = torch.from_numpy(random.standard_normal((4, size)))
         near = near / near.norm(dim=1, keepdim=True) * bound
         for factor in (1 - 2**-19, 1 - 2**-20, 1.0, 1 + 2**-20, 1.01, 1000.0):
             yield (near * factor).clamp(info.min, info.max).to(dtype)
@@ -74,7 +80,9 @@ def test_no_clipped_row_passes_the_bound_in_exact_arithmetic(dtype: torch.dtype,
             if not before.equal(after):
                 clipped += 1
                 assert exact_norm(before, norm) > (Fraction(bound) * (1 - Fraction(1, 2**18))) ** norm
-                assert exact_norm(after, norm) >= 0.9 * limit or dtype in (torch.float16, torch.bfloat16)
+                tiny = dtype == torch.float16 and bound < 1e-3  # subnormal, rounded down by much
+                ordinary = not tiny and exact_norm(before, norm) < (2000 * Fraction(bound)) ** norm
+                assert exact_norm(after, norm) >= limit * Fraction(97, 100) or not ordinary
     assert clipped or bound > 1e6
 
 
@@ -91,7 +99,9 @@ def test_a_row_below_the_bound_comes_back_bit_by_bit(dtype: torch.dtype, norm: i
 def test_clipping_keeps_the_direction_and_looks_at_each_row_alone() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.3, 0.4], [-30.0, 40.0]])
     assert torch.allclose(clip_rows(rows, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [-0.6, 0.8]]), rtol=3e-6)
-    assert torch.allclose(clip_rows(rows, 1.0, 1), torch.tensor([[3 / 7, 4 / 7], [0.3, 0.4], [-3 / 7, 4 / 7]]), rtol=3e-6)
+    assert torch.allclose(
+        clip_rows(rows, 1.0, 1), torch.tensor([[3 / 7, 4 / 7], [0.3, 0.4], [-3 / 7, 4 / 7]]), rtol=3e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -125,34 +135,24 @@ def test_the_integer_vector_never_passes_the_sensitivity(
     noise: Callable[..., Tensor], norm: int, dtype: torch.dtype, noise_multiplier: float
 ) -> None:
     target = randomness._GAUSSIAN if noise is gaussian else randomness._LAPLACE
-    source, seen = NoNoise(target), []
-
-    def caught(self: randomness.IntegerNoise, out: Tensor) -> None:
-        original(self, out)
-        assert not out.any()
-        out.copy_(torch.zeros_like(out))
-        seen.append(out)
-
-    original = randomness.IntegerNoise.fill
     clip = 0.3
     radius = Fraction(SCALE) / (2 * Fraction(noise_multiplier))
     largest = Fraction(0)
     for rows in adversarial(dtype, clip):
         norms = mechanism._norms(rows, norm)  # type: ignore[arg-type]
         work = torch.promote_types(dtype, torch.float32)
-        factors = mechanism._grid_factors(norms, clip, noise_multiplier, work)
+        factors = mechanism._factors(norms, clip, float(radius), work)
         whole = (rows * factors).to(torch.int32)
         for row in whole:
             size = exact_norm(row, norm)
             largest = max(largest, size)
             assert size <= (radius * (1 - Fraction(1, 2**20))) ** norm
         if noise_multiplier < 2**10 and dtype in (torch.float32, torch.float64):
-            released = noise(rows, clip=clip, noise_multiplier=noise_multiplier, source=source)
+            released = noise(rows, clip=clip, noise_multiplier=noise_multiplier, source=NoNoise(target))
             grid = noise_multiplier * 2 * clip / SCALE
             assert torch.allclose(released, (whole.to(work) * grid).to(dtype), rtol=3e-7, atol=0)
     if noise_multiplier < 2**10:
         assert largest > (radius * Fraction(99, 100)) ** norm
-    assert seen == [] and caught is not None
 
 
 def test_a_release_is_the_truncated_row_plus_the_drawn_integers_on_the_grid() -> None:
@@ -201,18 +201,21 @@ def test_every_release_is_new(noise: Callable[..., Tensor]) -> None:
     assert rows.equal(before)
     assert (first == second).float().mean() < 1e-3
     pieces = (first / 2).flatten().split(CHUNK)[:20]
-    for lower, upper in zip(pieces, pieces[1:], strict=False):
+    for lower, upper in itertools.pairwise(pieces):
         assert abs(float((lower * upper).mean())) < 4.5 * 2 / math.sqrt(CHUNK)
 
 
 @NOISES
 def test_every_value_could_come_from_every_input(noise: Callable[..., Tensor]) -> None:
     """What noise in floating point lacks: each released number lies on one grid that does not depend on the input."""
-    rows = torch.randn(4, 1000) * 10
+    rows = torch.randn(4, 1000, dtype=torch.float64) * 10
     grid = 0.75 * 2 * 0.5 / SCALE
-    released = noise(rows, clip=0.5, noise_multiplier=0.75, source=KeystreamSource())
-    whole = (released.double() / grid).round()
-    assert released.equal(whole.to(torch.float32) * grid)
+    for dtype in (torch.float64, torch.float32):
+        released = noise(rows.to(dtype), clip=0.5, noise_multiplier=0.75, source=KeystreamSource())
+        whole = (released.double() / grid).round()
+        exact = whole.abs() < 2**22  # float32 holds no finer numbers than the grid's below 2**24, and y / g is rounded
+        assert exact.float().mean() > 0.8
+        assert released[exact].equal(whole.to(dtype)[exact] * grid)
 
 
 @pytest.mark.parametrize(
@@ -376,8 +379,6 @@ def test_labels_are_kept_as_often_as_they_should_and_others_are_alike(classes: i
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000, 2**20])
 @pytest.mark.parametrize("epsilon", [2.0**-20, 0.1, 1.0, 8.0, 30.0, 40.0])
 def test_no_label_speaks_louder_than_epsilon(classes: int, epsilon: float) -> None:
-    import mpmath
-
     other = mechanism._share_of_another(classes, epsilon)
     keep = 2**63 - (classes - 1) * other
     with mpmath.workdps(60):

@@ -87,8 +87,13 @@ def test_the_keystream_is_aes_256_of_the_counter(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_key_is_left_before_it_has_given_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = []
-    monkeypatch.setattr(os, "urandom", lambda count: keys.append(bytes([len(keys)] * count)) or keys[-1])
+    keys: list[bytes] = []
+
+    def urandom(count: int) -> bytes:
+        keys.append(bytes([len(keys)] * count))
+        return keys[-1]
+
+    monkeypatch.setattr(os, "urandom", urandom)
     monkeypatch.setattr(randomness, "_BYTES_PER_KEY", 64)
     words = KeystreamSource().words(20)
     assert len(keys) == 3
@@ -141,7 +146,8 @@ def test_no_file_that_is_installed_or_run_knows_the_seeded_source() -> None:
         path.relative_to(REPOSITORY).as_posix()
         for folder in ("privacy", "splitsec", "transports", "examples")
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in {".py", ".yaml", ".toml"} and re.search("SeededSource|_Keystream|Keystream\\(", path.read_text())
+        if path.suffix in {".py", ".yaml", ".toml"}
+        and re.search("SeededSource|_Keystream|Keystream\\(", path.read_text())
     ]
     assert set(named) <= {"privacy/randomness.py", "splitsec/privacy/randomness.py"}
     assert named
@@ -207,9 +213,7 @@ def test_the_computed_target_is_right_to_2_to_the_minus_50(target: randomness._T
     k = np.random.default_rng(1).integers(-reach, reach, 2000)
     k[:7] = 0, 1, -1, reach, -reach, SCALE, 2
     computed = target.atom(torch.from_numpy(k)).tolist()
-    worst = max(
-        abs(got / (probability(target, int(one)) * 2**32) - 1) for one, got in zip(k, computed, strict=True)
-    )
+    worst = max(abs(got / (probability(target, int(one)) * 2**32) - 1) for one, got in zip(k, computed, strict=True))
     assert worst < mpmath.mpf(2) ** -50
 
 
@@ -323,7 +327,7 @@ def test_the_first_bits_choose_bin_and_place() -> None:
     lowest = int(tables.stairs.nonzero()[0, 0])
     out = torch.empty(3, dtype=torch.int32)
     for place in (0, 1, 65535):
-        gaussian_noise(Scripted(bits=(place - 2**15) * 2**16), 3).fill(out)  # type: ignore[arg-type]
+        gaussian_noise(Scripted(bits=(place - 2**15) * 2**16), 3).fill(out)
         assert out.tolist() == [((lowest - 512) << 16) + place] * 3
 
 
@@ -343,7 +347,7 @@ def test_the_tails_are_reached(scales: float) -> None:
     )
     if accepted:
         out = torch.empty(5, dtype=torch.int32)
-        gaussian_noise(source, 5).fill(out)  # type: ignore[arg-type]
+        gaussian_noise(source, 5).fill(out)
         assert out.tolist() == [k] * 5
     assert (accepted > 0) == (abs(scales) < 11)
 

@@ -766,7 +766,7 @@ segments:
   stem: {at: clinic, data: x}
   trunk: {at: server, loss: bce_with_logits}
 cuts:
-  - {from: stem, to: trunk, shape: [6], dtype: float32}
+  - {from: stem, to: trunk, shape: [6], dtype: float32, raw: true}
 labels:
   - {from: registry, to: trunk, field: y, shape: [1], dtype: float32}
 training: {epochs: 2, batch_size: 4, micro_batches: 2, seed: 87654320}
