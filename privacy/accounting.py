@@ -71,7 +71,7 @@ LAPLACE_REACH: Final = 52.0
 """Laplace scales within which ``ATOM_ERROR`` holds."""
 
 _MOST_RELEASES: Final = 2**63 - 1  # what the ledger's file can hold
-_SAFETY: Final = 1e-9  # relative; roundings of what is computed here are below 1e-13
+_SAFETY: Final = 1 + 1e-9  # a factor; roundings of what is computed here are below 1e-13
 _LOG_SAFETY: Final = 1e-10  # of log delta: tested against 50 digits to be right to 2e-11
 _NARROW: Final = 1e-3  # mu below which a difference of Mills ratios is bounded by its slope
 _CONTINUED: Final = -5.0  # below it Mills' ratio is a continued fraction
@@ -177,24 +177,25 @@ def _epsilon(releases: _Counted, delta: float) -> float:
     shifts = [(1 / one.noise_multiplier, count) for one, count in releases if isinstance(one, Gaussian)]
     mu = math.sqrt(math.fsum(shift * shift * count for shift, count in shifts))  # exact, so in any order
     pure = _pure(releases)
-    if not pure:
-        return (_gaussian_epsilon(mu, left) + 2 * factor) * (1 + _SAFETY)
-    summed = sum(one.count * one.epsilon for one in pure)
-    bounds = [_gaussian_epsilon(mu, left) + summed]
     number = sum(one.count for one in pure)
-    if left >= _PLD_DELTA and number <= _PLD_RELEASES and math.isfinite(bounds[0]) and (mu or number > 1):
+    bounds = [_gaussian_epsilon(mu, left) * _SAFETY + sum(one.count * one.epsilon for one in pure)]
+    if pure and (mu or number > 1) and number <= _PLD_RELEASES and left >= _PLD_DELTA and math.isfinite(bounds[0]):
         distributions = _dp_accounting(needed=mu > 0)
         if distributions is not None:
-            bounds.append(_composed(distributions, mu, pure, bounds[0], left))
-    return (min(bounds) + 2 * factor) * (1 + _SAFETY)
+            bounds.append(_composed(distributions, mu, pure, bounds[0], left) * _SAFETY)
+    return min(bounds) + 2 * factor * _SAFETY
 
 
 def _pure(releases: _Counted) -> list[_Pure]:
-    """In an order of their own, so that the same releases always give the same result."""
+    """In an order of their own, so that the same releases always give the same result.
+
+    Epsilons of randomised response stay what they are: its probabilities are rounded to the safe side, and ten releases
+    at epsilon 1 fit a budget of 10.
+    """
     found = []
     for one, count in releases:
         if isinstance(one, Laplace):
-            found.append(_Pure(one, 1 / one.noise_multiplier, count))
+            found.append(_Pure(one, 1 / one.noise_multiplier * _SAFETY, count))
         elif isinstance(one, RandomisedResponse):
             found.append(_Pure(one, one.epsilon, count))
     return sorted(found, key=repr)

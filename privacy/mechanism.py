@@ -163,7 +163,7 @@ def _norms(rows: Tensor, norm: Norm) -> Tensor:
     """float64 [n, 1], each within 2**-23 of the truth."""
     if norm not in (1, 2):
         raise BadParameter(f"norm {norm!r}, and clipping knows 1 and 2")
-    norms = torch.linalg.vector_norm(rows, ord=norm, dim=1, keepdim=True, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(rows, ord=norm, dim=1, keepdim=True, dtype=torch.float64)
     if not torch.isfinite(norms).all():
         row = int(torch.isfinite(norms).logical_not().nonzero()[0, 0])
         raise BadParameter(f"row {row} has NaN, infinity or numbers too large to have a norm; nothing was released")

@@ -1,6 +1,6 @@
 """What was released, as frozen values: the mechanism that one sample's tensor went through before it left.
 
-Here: the three mechanisms whose cost can be accounted for, and nothing that computes with them.  A release is one use
+Here: the mechanisms whose cost can be accounted for, the absence of one, and nothing that computes with them.  A release is one use
 of one of them on one sample; ``accounting`` turns numbers of releases into epsilon, ``ledger`` keeps the numbers.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from splitsec.privacy.errors import BadParameter
 
-__all__ = ["Gaussian", "Laplace", "Mechanism", "RandomisedResponse", "as_json", "from_json"]
+__all__ = ["Gaussian", "InTheClear", "Laplace", "Mechanism", "RandomisedResponse", "as_json", "from_json"]
 
 
 def _positive(value: float, name: str) -> None:
@@ -60,12 +60,18 @@ class RandomisedResponse:
             raise BadParameter(f"{self.classes} classes, and there must be at least 2")
 
 
-Mechanism = Gaussian | Laplace | RandomisedResponse
+@dataclass(frozen=True, order=True)
+class InTheClear:
+    """Nothing random was done: what left may tell everything.  No finite epsilon holds for such a release."""
 
-_KINDS: Final[dict[str, type[Gaussian] | type[Laplace] | type[RandomisedResponse]]] = {
+
+Mechanism = Gaussian | Laplace | RandomisedResponse | InTheClear
+
+_KINDS: Final[dict[str, type[Gaussian] | type[Laplace] | type[RandomisedResponse] | type[InTheClear]]] = {
     "gaussian": Gaussian,
     "laplace": Laplace,
     "randomised_response": RandomisedResponse,
+    "in_the_clear": InTheClear,
 }
 
 

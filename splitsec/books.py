@@ -23,7 +23,7 @@ from splitsec.plan import make_plan
 from splitsec.privacy import errors as below
 from splitsec.privacy.dpsgd import PrivateTraining
 from splitsec.privacy.ledger import Dataset, KnownBy, Ledger
-from splitsec.safeguards import Safeguards
+from splitsec.safeguards import Safeguards, accounted
 from splitsec.samples import Samples, sample_keys
 
 __all__ = ["JOURNAL_FILE", "LEDGER_FILE", "open_books"]
@@ -58,8 +58,17 @@ def open_books(
     ``LedgerError``.
     """
     policy = party_file.privacy
-    accounted = bool(private) or any(one.mechanism is not None and one.carries for one in demands.values())
-    kept = wanted.journal or accounted or policy is not None or any(one.policy for one in demands.values())
+    learns = learnt_from(make_plan(graph, party_file.party))
+    counted = accounted(demands, private, learns)
+    for demand in demands.values():
+        if demand.mechanism is None and demand.carries & counted:
+            what = " and ".join(sorted(demand.carries & counted))
+            text = (
+                f"the {demand.lane.kind} of {demand.lane.name} to {demand.lane.peer} carries {what} without noise, while "
+                "other noise is accounted for: together no finite epsilon holds, and the ledger will say so"
+            )
+            report({"event": "warning", "text": text})
+    kept = wanted.journal or counted or policy is not None or any(one.policy for one in demands.values())
     folder = wanted.state or party_file.state_folder
     ledger, journal, datasets = None, None, {}
     try:
@@ -71,7 +80,7 @@ def open_books(
                 graph_digest=digest(graph).hex(),
                 version=__version__,
             )
-        if accounted:
+        if counted:
             ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
             if policy is not None:
                 ledger.set_policy(delta=policy.delta, budget=policy.epsilon, label_budget=policy.label_epsilon)
@@ -90,7 +99,7 @@ def open_books(
         demands,
         own=policy,
         private=private,
-        learnt_from=learnt_from(make_plan(graph, party_file.party)),
+        learnt_from=learns,
         ledger=ledger,
         datasets=datasets,
         journal=journal,

@@ -9,7 +9,7 @@ next).  A party without any policy and without a journal has no safeguards, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,9 +28,9 @@ from splitsec.privacy.ledger import Account, Dataset, Ledger, Meter
 from splitsec.privacy.mechanism import clip_rows, gaussian, laplace, randomise_labels
 from splitsec.privacy.policy import LabelPolicy, Policy
 from splitsec.privacy.randomness import KeystreamSource, NoiseSource
-from splitsec.privacy.release import Mechanism
+from splitsec.privacy.release import InTheClear, Mechanism
 
-__all__ = ["Carried", "Safeguards"]
+__all__ = ["Carried", "Safeguards", "accounted"]
 
 LEAST_ROWS: Final = 8
 """Samples below which leakage is not measured: the estimators say nothing there."""
@@ -83,6 +83,7 @@ class Safeguards:
         if ledger is not None:
             limits = self._own.epsilon, self._own.label_epsilon
             self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
+        self._accounted = accounted(demands, self._private, self._learnt_from)
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
         self._sums: dict[str, dict[str, list[float]]] = {}
         self._warned: set[str] = set()
@@ -198,14 +199,16 @@ class Safeguards:
     # --- its parts
 
     def _accounts_of(self, demand: Demand) -> dict[Account, float | None]:
-        mechanism = demand.mechanism
-        if self._ledger is None or mechanism is None:
+        """What one release on this lane is counted in: for inputs, for labels, as far as such are accounted for."""
+        if self._ledger is None:
             return {}
         lane = demand.lane
         name = {"gradient": f"{lane.name} (gradient)", "labels": f"labels: {lane.name}"}.get(lane.kind, lane.name)
         budgets = {"inputs": self._own.epsilon, "labels": self._own.label_epsilon}
+        mechanism = demand.mechanism or InTheClear()
         return {
-            self._ledger.account(name, what, mechanism, demand.clip): budgets[what] for what in sorted(demand.carries)
+            self._ledger.account(name, what, mechanism, demand.clip): budgets[what]
+            for what in sorted(demand.carries & self._accounted)
         }
 
     def _accounts_of_weights(self, segment: str, release: Mechanism, clip: float) -> dict[Account, float | None]:
@@ -279,6 +282,18 @@ class Safeguards:
 
 LIMITED: Final = "distance_correlation_corrected"
 """The measure that a party's limit is about."""
+
+
+def accounted(
+    demands: Mapping[tuple[str, int], Demand],
+    private: Collection[str],
+    learnt_from: Mapping[str, frozenset[Protects]],
+) -> frozenset[Protects]:
+    """For what there is any noise at all, so that an epsilon would be expected: all that carries it is then counted,
+    also what leaves in the clear, which makes the sum infinite.
+    """
+    noised = (demand.carries for demand in demands.values() if demand.mechanism is not None)
+    return frozenset().union(*noised, *(learnt_from.get(segment, frozenset()) for segment in private))
 
 
 def _refuse_copies(lane: Lane, tensor: torch.Tensor, carried: Carried) -> None:

@@ -185,13 +185,13 @@ def test_a_cost_that_is_no_number_is_over_every_budget(file: Path, unbounded: fl
 def test_budget_of_samples_with_unequal_pasts_agrees_with_one_at_a_time(ledger: Ledger) -> None:
     rng = np.random.default_rng(5)
     rows = ledger.dataset("train", ids(*range(60))).slots
-    accounts = [ledger.account(f"cut {n}", "inputs", Gaussian(1.0 + n, 8), 1.0) for n in range(3)]
+    accounts = [ledger.account(f"cut {n}", "inputs", Gaussian(3.0 - n, 8), 1.0) for n in range(3)]
     for account in accounts:
         for _ in range(6):
             ledger.reserve(account, rng.choice(rows, 30, replace=False), budget=None, delta=DELTA)
     counts = np.stack([ledger.releases(account)[rows].astype(int) for account in accounts])
     after = counts + np.array([[1], [0], [0]])
-    exact = np.sqrt((after / np.array([[1.0], [4.0], [9.0]])).sum(axis=0))
+    exact = np.sqrt((after / np.array([[9.0], [4.0], [1.0]])).sum(axis=0))
     budget = float(np.median(exact))
     assert (ledger.affordable(accounts[0], rows, budget=budget, delta=DELTA) == (exact <= budget)).all()
     assert 0 < (exact <= budget).sum() < 60
@@ -285,12 +285,13 @@ def test_what_a_short_turn_left_serves_the_next_and_the_rest_is_given_back(
     meter = Meter(ledger, delta=DELTA, budget=None, block=50)
     meter.expect(rows)
     meter.spend(stem(ledger), rows[:10])
-    meter.expect(rows[::-1])
-    for start in range(0, 60, 10):
-        meter.spend(stem(ledger), rows[::-1][start : start + 10])
-    assert sizes == [50, 50]  # rows 0 to 49, rows 99 to 50; and 49 to 40 were there already
+    turned = np.roll(rows, -30)
+    meter.expect(turned)
+    for start in range(0, 80, 10):
+        meter.spend(stem(ledger), turned[start : start + 10])
+    assert sizes == [50, 50, 10]  # rows 0 to 49; 50 to 99; then 0 to 9 again, for 10 to 29 are still there
     meter.close(True)
-    assert ledger.releases(stem(ledger)).tolist() == [1] * 10 + [0] * 30 + [1] * 60
+    assert ledger.releases(stem(ledger)).tolist() == [2] * 10 + [0] * 20 + [1] * 70
     with pytest.raises(LedgerError, match="nothing is spent any more"):
         meter.spend(stem(ledger), rows[:1])
 
@@ -439,6 +440,11 @@ def test_the_file_is_its_owners_alone(file: Path) -> None:
     file.chmod(0o640)
     with pytest.raises(LedgerError, match="others may use it"):
         opened(file)
+
+
+def test_a_transaction_waits_for_the_disk(ledger: Ledger) -> None:
+    asked = [ledger._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+    assert asked == [2, "wal"]  # 2: FULL
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(file: Path) -> None:

@@ -220,6 +220,9 @@ def test_the_files_are_their_owners_alone(tmp_path: Path) -> None:
         os.umask(before)
     assert {stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir()} == {0o600}
     assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "journal.jsonl").chmod(0o644)
+    opened(tmp_path / "journal.jsonl").close()
+    assert stat.S_IMODE((tmp_path / "journal.jsonl").stat().st_mode) == 0o600
 
 
 def test_one_run_at_a_time_until_it_is_killed(file: Path) -> None:
@@ -318,6 +321,13 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     ),
     "removed at the start": (lambda lines: lines[1:], ["before line 1: entry 1 is missing: removed"]),
     "removed at the end": (lambda lines: lines[:-2], ["at the end: entries 7 to 8 are missing: removed"]),
+    "something before the start": (
+        lambda lines: [rewritten(lines[0], b"", prev="1" * 64), *lines[1:]],
+        [
+            "line 1: entry 1 names one before it: written anew",
+            "line 2: entry 2 does not follow entry 1 (line 1): one of them was written anew",
+        ],
+    ),
     "removed, all": (
         lambda lines: [],
         ["the journal holds no whole entry", "at the end: entries 1 to 8 are missing: removed"],
@@ -385,7 +395,16 @@ def test_the_head_file_is_missed_and_a_head_kept_elsewhere_shows_what_was_done_t
     assert "cannot be used" in sentences(written)[0]
 
 
-@pytest.mark.parametrize("edit", ["the last one changed", "removed at the end", "removed, all", "its last line torn"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "the last one changed",
+        "changed, with all hashes that fit",
+        "removed at the end",
+        "removed, all",
+        "its last line torn",
+    ],
+)
 def test_no_run_goes_on_with_a_journal_that_lost_its_end(written: Path, edit: str) -> None:
     written.write_bytes(b"".join(EDITS[edit][0](written.read_bytes().splitlines(keepends=True))))
     before = written.read_bytes()
