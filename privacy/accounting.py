@@ -52,7 +52,7 @@ from operator import index
 from typing import Any, Final
 
 from splitsec.privacy.errors import BadParameter, Unsupported
-from splitsec.privacy.release import Gaussian, Laplace, Mechanism, RandomisedResponse
+from splitsec.privacy.release import Gaussian, InTheClear, Laplace, Mechanism, RandomisedResponse
 
 __all__ = ["ATOM_ERROR", "GAUSSIAN_REACH", "LAPLACE_REACH", "TAIL", "epsilon", "passes_within"]
 
@@ -91,8 +91,8 @@ def epsilon(releases: Mapping[Mechanism, int], delta: float) -> float:
     """Least epsilon known, never below the truth, at which ``releases`` of one sample are (epsilon, ``delta``)-DP.
 
     ``releases``: how often each mechanism was used on the sample.  The relation is local: any two values of the sample.
-    Right to 1e-8 for Gaussians alone, apart from the sampler's share.  ``math.inf`` where nothing can be promised; 0.0
-    for no releases.
+    Right to 1e-8 for Gaussians alone, apart from the sampler's share.  ``math.inf`` where nothing can be promised, as
+    after a release in the clear; 0.0 for no releases.
 
     Raises ``BadParameter`` for a delta outside (0, 1) or a number that counts nothing, ``Unsupported`` where Gaussian
     noise is mixed with something else and dp-accounting is not installed.
@@ -143,7 +143,7 @@ _Counted = frozenset[tuple[Mechanism, int]]
 def _counted(releases: Mapping[Mechanism, int]) -> _Counted:
     found = set()
     for mechanism, count in releases.items():
-        if not isinstance(mechanism, Gaussian | Laplace | RandomisedResponse):
+        if not isinstance(mechanism, Mechanism):
             raise BadParameter(f"{mechanism!r} is no mechanism that is known here")
         try:
             number = index(count)
@@ -170,9 +170,11 @@ class _Pure:
 
 @lru_cache(maxsize=4096)
 def _epsilon(releases: _Counted, delta: float) -> float:
+    if any(isinstance(one, InTheClear) for one, _ in releases):
+        return math.inf
     factor, beta = _sampler(releases)
-    left = (delta - beta) * math.exp(-factor) if beta < delta else 0.0
-    if not left > 0:
+    left = (delta - beta) * math.exp(-factor)
+    if not left > 0:  # no number, where beta is infinite and the factor underflows
         return math.inf
     shifts = [(1 / one.noise_multiplier, count) for one, count in releases if isinstance(one, Gaussian)]
     mu = math.sqrt(math.fsum(shift * shift * count for shift, count in shifts))  # exact, so in any order
@@ -205,8 +207,8 @@ def _sampler(releases: _Counted) -> tuple[float, float]:
     """(N ATOM_ERROR, beta): what the sampler adds; see the module's text.  beta is infinite where shifts pass REACH."""
     numbers, beyond = 0, []
     for one, count in releases:
-        if isinstance(one, RandomisedResponse):
-            continue  # its probabilities are whole numbers, rounded to the safe side
+        if not isinstance(one, Gaussian | Laplace):
+            continue  # probabilities of randomised response are whole numbers, rounded to the safe side
         shift = 1 / one.noise_multiplier
         if isinstance(one, Gaussian):
             # The tail is convex in the squared shift where shift * (REACH - shift) >= 1; TAIL covers smaller shifts.

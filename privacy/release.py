@@ -1,7 +1,8 @@
 """What was released, as frozen values: the mechanism that one sample's tensor went through before it left.
 
-Here: the mechanisms whose cost can be accounted for, the absence of one, and nothing that computes with them.  A release is one use
-of one of them on one sample; ``accounting`` turns numbers of releases into epsilon, ``ledger`` keeps the numbers.
+Here: the mechanisms whose cost can be accounted for, the absence of one, and nothing that computes with them.  A
+release is one use of one of them on one sample; ``accounting`` turns numbers of releases into epsilon, ``ledger`` keeps
+the numbers.
 """
 
 from __future__ import annotations

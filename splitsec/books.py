@@ -58,14 +58,15 @@ def open_books(
     ``LedgerError``.
     """
     policy = party_file.privacy
-    learns = learnt_from(make_plan(graph, party_file.party))
+    plan = make_plan(graph, party_file.party)
+    learns = learnt_from(plan)
     counted = accounted(demands, private, learns)
     for demand in demands.values():
         if demand.mechanism is None and demand.carries & counted:
             what = " and ".join(sorted(demand.carries & counted))
             text = (
-                f"the {demand.lane.kind} of {demand.lane.name} to {demand.lane.peer} carries {what} without noise, while "
-                "other noise is accounted for: together no finite epsilon holds, and the ledger will say so"
+                f"the {demand.lane.kind} of {demand.lane.name} to {demand.lane.peer} carries {what} without noise, "
+                "while other noise is accounted for: together no finite epsilon holds, and the ledger will say so"
             )
             report({"event": "warning", "text": text})
     kept = wanted.journal or counted or policy is not None or any(one.policy for one in demands.values())
@@ -84,7 +85,8 @@ def open_books(
             ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
             if policy is not None:
                 ledger.set_policy(delta=policy.delta, budget=policy.epsilon, label_budget=policy.label_epsilon)
-            datasets = {split: _registered(ledger, split, wanted, samples) for split, samples in own.items()}
+            inputs = frozenset[str]().union(*(stream.fields(labels=False) for stream in plan.streams))
+            datasets = {split: _registered(ledger, split, wanted, samples, inputs) for split, samples in own.items()}
     except (below.PrivacyError, OSError) as error:
         if journal is not None:
             journal.close()
@@ -107,9 +109,9 @@ def open_books(
     )
 
 
-def _registered(ledger: Ledger, split: str, wanted: Wanted, samples: Samples) -> Dataset:
+def _registered(ledger: Ledger, split: str, wanted: Wanted, samples: Samples, inputs: frozenset[str]) -> Dataset:
     """The data set under a name that its own samples give it: the split, and eight digits of their digest."""
-    keys = sample_keys(samples)
+    keys = sample_keys(samples, inputs)
     mark = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:8]
     known_by: KnownBy = "content" if samples.ids is None else "id"
     return ledger.dataset(f"{wanted.split if split == 'predict' else split}-{mark}", keys, known_by=known_by)

@@ -281,14 +281,15 @@ class Safeguard(_Entry):
     """What is done to every sample's tensor before it leaves; in the graph, the least that every sender does."""
 
     clip: float | None = Field(
-        default=None, gt=0, description="largest norm of one sample's tensor: L2, or L1 with Laplace noise"
+        default=None, ge=1e-15, le=1e15, description="largest norm of one sample's tensor: L2, or L1 with Laplace noise"
     )
     noise: Literal["gaussian", "laplace"] | None = Field(
         default=None, description="distribution of the noise that is added to every number after clipping"
     )
     noise_multiplier: float | None = Field(
         default=None,
-        gt=0,
+        ge=0.001,
+        le=1e6,
         description="standard deviation (Laplace: scale) of the noise over the sensitivity, which is twice `clip`",
     )
 
@@ -320,8 +321,8 @@ class CutPrivacy(_Entry):
 class LabelPrivacy(_Entry):
     """Randomised response: a label leaves as it is with a known probability, else as any other class."""
 
-    epsilon: float = Field(gt=0, le=100, description="largest epsilon of one release of one label")
-    classes: int = Field(ge=2, le=2**31 - 1, description="how many classes there are, numbered from 0")
+    epsilon: float = Field(ge=1e-5, le=40, description="largest epsilon of one release of one label")
+    classes: int = Field(ge=2, le=2**20, description="how many classes there are, numbered from 0")
 
 
 class Cut(_Entry):

@@ -11,13 +11,13 @@ SHA-256 over the 32 bytes of P and then the bytes of this line without its ``,"h
 taken out, put in or moved without either a break or every later hash being other than it was.
 
 The head.  A chain alone does not show that its last lines were taken away, so a second file, FILE.head, holds number
-and hash of two entries: the last one written, and the last one that the disk is known to hold.  An entry is one
-``os.write`` of a whole line, then the head is overwritten in place, then the caller may send.  Killed in between: the
-journal is one entry ahead of its head, which is as it should be.  Killed within the line: it has no end, nothing left
-under it, and the next run cuts it off and says so.  Never the other way round: a journal that ends before its head
-names has lost entries.  Between the two entries of the head, an end of the power may have lost them (at most about a
-second's); the next run then says how many, in the journal, for good.  Before them, somebody took them away, and no run
-goes on with such a journal.
+and hash of two entries: the last one written, and the last one that the disk is known to hold (0 before the first).
+An entry is one ``os.write`` of a whole line, then the head is overwritten in place, then the caller may send.  Killed
+in between: the journal is one entry ahead of its head, which is as it should be.  Killed within the line: it has no
+end, nothing left under it, and the next run cuts it off and says so.  Never the other way round: a journal that ends
+before its head names has lost entries.  Between the two entries of the head, an end of the power may have lost them
+(at most about a second's); the next run then says how many, in the journal, for good.  Before them, somebody took them
+away, and no run goes on with such a journal.
 
 What this proves.  Whoever can write both files can work the whole chain out anew, for there is no key in it.  Keep the
 hash that a run ends with somewhere else, and ``verify`` tells whether the journal still leads to it.
@@ -117,6 +117,8 @@ class Journal:
         self._synced = marks.synced if marks is not None else (0, START)
         self._synced_at = time.monotonic()
         try:
+            if marks is None:
+                self._mark()  # before the first entry: where there are entries, there is a head
             self._write(
                 {
                     "kind": "opened",
@@ -499,10 +501,12 @@ def verify(file: str | os.PathLike[str], head: str | None = None) -> list[Findin
         marks = None
         findings.append(Finding(None, None, f"the head file {_head_of(place).name} cannot be used: {error.seen}"))
     lines, torn = _read_lines(place)
+    if marks is None and not lines and torn is None:
+        return []  # killed as it was made: nothing had left
     findings[:0] = [*_damaged(lines), *_misplaced(lines), *_unlinked(lines)]
     hashes = {one.number: one.hash for one in reversed(lines) if one.intact}
     last = max((one.number for one in lines), default=0)
-    if not lines:
+    if not lines and (marks is None or marks.written[0]):
         findings.append(Finding(1, 1, "the journal holds no whole entry"))
     if marks is not None:
         findings += _against_head(marks, last, hashes, torn)

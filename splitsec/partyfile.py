@@ -117,9 +117,11 @@ class Optimizer(_Entry):
 class DpSgd(_Entry):
     """Clipping and noise on what every sample adds to a segment's weights (docs/dp-sgd.md)."""
 
-    clip: float = Field(gt=0, description="largest L2 norm of one sample's gradient, over all weights of the segment")
+    clip: float = Field(
+        ge=1e-9, le=1e9, description="largest L2 norm of one sample's gradient, over all weights of the segment"
+    )
     noise_multiplier: float = Field(
-        gt=0, description="standard deviation of the noise over the sensitivity, which is twice `clip`"
+        ge=1e-6, le=1000, description="standard deviation of the noise over the sensitivity, which is twice `clip`"
     )
 
 
@@ -173,8 +175,10 @@ class OwnLabelPrivacy(_Entry):
     """What this party does to labels before they leave."""
 
     target: Name = Field(alias="to", description="the segment that computes the loss")
-    epsilon: float = Field(gt=0, le=100, description="epsilon of one release of one label, by randomised response")
-    classes: int | None = Field(default=None, ge=2, description="how many classes; without it, what the graph says")
+    epsilon: float = Field(ge=1e-5, le=40, description="epsilon of one release of one label, by randomised response")
+    classes: int | None = Field(
+        default=None, ge=2, le=2**20, description="how many classes; without it, what the graph says"
+    )
 
 
 class Leakage(_Entry):

@@ -85,6 +85,7 @@ class Safeguards:
             self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
         self._accounted = accounted(demands, self._private, self._learnt_from)
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
+        self._gone: dict[tuple[str, int], tuple[int, set[int]]] = {}
         self._sums: dict[str, dict[str, list[float]]] = {}
         self._warned: set[str] = set()
 
@@ -135,6 +136,7 @@ class Safeguards:
         if carried is not None and not demand.raw and "inputs" in demand.carries:
             _refuse_copies(demand.lane, tensor, carried)
         if carried is not None:
+            self._once(key, demand, message, carried)
             self._spend(demand, carried)
         treated = self._applied(demand, tensor)
         if carried is not None and carried.training and demand.lane.kind == "activation":
@@ -197,6 +199,20 @@ class Safeguards:
             self._journal.close()
 
     # --- its parts
+
+    def _once(self, key: tuple[str, int], demand: Demand, message: Message, carried: Carried) -> None:
+        """Raise ``EgressRefused`` if one of the samples left on this lane in this step already."""
+        step, rows = message.key[0], carried.rows.tolist()
+        before, gone = self._gone.get(key, (step, set()))
+        if before != step:
+            gone = set()
+        if len(gone) + len(rows) != len(gone := gone.union(rows)):
+            raise EgressRefused(
+                f"{demand.lane.kind} of {demand.lane.name} to {demand.lane.peer}: a sample twice in step {step}",
+                expected="every sample at most once in a step",
+                fix="nothing was sent; this is a fault of whoever called the guard",
+            )
+        self._gone[key] = step, gone
 
     def _accounts_of(self, demand: Demand) -> dict[Account, float | None]:
         """What one release on this lane is counted in: for inputs, for labels, as far as such are accounted for."""

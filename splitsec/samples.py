@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Final
@@ -144,28 +144,27 @@ def _ids(given: Any, source: str) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def sample_keys(samples: Samples) -> list[bytes]:
-    """What tells each sample apart from run to run, for the ledger: its id or, where it has none, all of its fields.
+def sample_keys(samples: Samples, inputs: Collection[str] = ()) -> list[bytes]:
+    """What tells each sample apart from run to run, for the ledger: its id or, where it has none, its fields.
 
-    Samples without ids whose fields are equal are numbered in their order, so that each has a key of its own.
-    SHA-256; the ledger stores them under a key of its own only.
+    ``inputs``: the fields that make a sample what it is; without any, all of them.  Equal rows have one key, and so
+    share one count: too much and never too little, since a person may stand there twice.  SHA-256; the ledger stores
+    them under a key of its own only.
     """
     if samples.ids is not None:
         return [hashlib.sha256(b"id/" + sample_id.encode()).digest() for sample_id in samples.ids]
     if not samples.count:
         return []
-    parts = [f"{name}/{tensor.dtype}/{tuple(tensor.shape[1:])}/".encode() for name, tensor in samples.fields.items()]
-    tensors = [tensor.contiguous().view(torch.uint8).reshape(samples.count, -1) for tensor in samples.fields.values()]
-    seen: dict[bytes, int] = {}
+    fields = {name: tensor for name, tensor in samples.fields.items() if not inputs or name in inputs}
+    parts = [f"{name}/{tensor.dtype}/{tuple(tensor.shape[1:])}/".encode() for name, tensor in fields.items()]
+    tensors = [tensor.contiguous().view(torch.uint8).reshape(samples.count, -1) for tensor in fields.values()]
     keys = []
     for row in range(samples.count):
         digest = hashlib.sha256(b"fields/")
         for part, tensor in zip(parts, tensors, strict=True):
             digest.update(part)
             digest.update(tensor[row].numpy().data)
-        content = digest.digest()
-        seen[content] = number = seen.get(content, 0) + 1
-        keys.append(hashlib.sha256(content + number.to_bytes(8, "big")).digest())
+        keys.append(digest.digest())
     return keys
 
 

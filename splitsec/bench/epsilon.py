@@ -2,14 +2,15 @@
 
 Here: the network of examples/private trained at several noise multipliers.  Both halves run in one process, with the
 mechanism that a party applies at its door (``splitsec.privacy.mechanism``) between them: what a run over the graph
-computes, without its messages.  Epsilon is what the ledger would say of one training image.  Not here: the example's own
-run, over two processes (``splitsec simulate examples/private``).
+computes, without its messages.  Epsilon is what the ledger would say of one training image.  Not here: the example's
+own run, over two processes (``splitsec simulate examples/private``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "curve", "run"]
 
-MULTIPLIERS: Final = (None, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+MULTIPLIERS: Final = (None, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
 """None: clipped, without noise."""
 EPOCHS: Final = (1, 10)
 BATCH: Final = 64
 CLIP: Final = 1.0
 DELTA: Final = 1e-5
-RATE: Final = 0.002
+RATE: Final = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,16 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _told(row: dict[str, Any]) -> str:
     epsilon = "no finite epsilon" if row["epsilon"] is None else f"epsilon {row['epsilon']:.2f}"
-    return f"noise multiplier {row['noise_multiplier'] or 0:g}, {row['releases']} epochs: {epsilon}, {row['accuracy']:.1%}"
+    noise = f"noise multiplier {row['noise_multiplier'] or 0:g}"
+    return f"{noise}, {row['releases']} epochs: {epsilon}, {row['accuracy']:.1%}"
 
 
 def curve(example: Path, *, seeds: int) -> Iterator[dict[str, Any]]:
-    """One row for each number of epochs and noise multiplier: the median accuracy over ``seeds`` runs, and its range."""
+    """A row for each number of epochs and noise multiplier: the median accuracy over ``seeds`` runs, and its range."""
     import torch
 
     from splitsec.partyfile import load_function
     from splitsec.privacy.accounting import epsilon
     from splitsec.privacy.release import Gaussian
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
 
     folder = example / "parties"
     stem, trunk, train, test = (
@@ -84,7 +89,7 @@ def curve(example: Path, *, seeds: int) -> Iterator[dict[str, Any]]:
             yield {
                 "noise_multiplier": multiplier,
                 "releases": epochs,
-                "epsilon": None if multiplier is None else epsilon({Gaussian(multiplier, 16): epochs}, DELTA),
+                "epsilon": None if multiplier is None else finite(epsilon({Gaussian(multiplier, 16): epochs}, DELTA)),
                 "accuracy": statistics.median(found),
                 "lowest": found[0],
                 "highest": found[-1],
@@ -99,11 +104,13 @@ def _trained(stem_of: Any, trunk_of: Any, data: Any, multiplier: float | None, e
     optimizers = [torch.optim.Adam(one.parameters(), lr=RATE) for one in (stem, trunk)]
     (train, test), order = data, torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(train["y"]), generator=order).split(BATCH):
+        shuffled = torch.randperm(len(train["y"]), generator=order)
+        for start in range(0, len(shuffled), BATCH):
+            rows = shuffled[start : start + BATCH]
             made = stem(train["x"][rows])
             arrived = _released(made.detach(), multiplier).requires_grad_()
-            torch.nn.functional.cross_entropy(trunk(arrived), train["y"][rows]).backward()
-            made.backward(arrived.grad)
+            torch.autograd.backward(torch.nn.functional.cross_entropy(trunk(arrived), train["y"][rows]))
+            torch.autograd.backward(made, arrived.grad)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -138,7 +145,10 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
     for epochs, colour in zip(EPOCHS, ("#b5651d", "#1f5fa8"), strict=True):
         noisy = [row for row in rows if row["releases"] == epochs and row["epsilon"] is not None]
         x, y = [row["epsilon"] for row in noisy], [100 * row["accuracy"] for row in noisy]
-        error = [[100 * (r["accuracy"] - r["lowest"]) for r in noisy], [100 * (r["highest"] - r["accuracy"]) for r in noisy]]
+        error = [
+            [100 * (r["accuracy"] - r["lowest"]) for r in noisy],
+            [100 * (r["highest"] - r["accuracy"]) for r in noisy],
+        ]
         word = "release" if epochs == 1 else "releases"
         axes.errorbar(x, y, yerr=error, fmt="o-", color=colour, capsize=2, label=f"{epochs} {word} of every image")
         clean = next(row for row in rows if row["releases"] == epochs and row["epsilon"] is None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
 from collections.abc import Mapping
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from splitsec.cli.simulate import counted
@@ -25,6 +26,10 @@ ratios, not milliseconds: machines differ and are shared.
 
   splitsec bench step          a training step over two encrypted processes, against the same step in one process
   splitsec bench channel       round trips of the encrypted channel, beside plain pyzmq, CURVE, gRPC and ssl
+
+  splitsec bench privacy       what noise, ledger and journal cost a step
+  splitsec bench epsilon       accuracy against epsilon; `bench nopeek`: against a decoder's error
+  splitsec bench strangers     a training with two thousand strangers at the port
 
   splitsec bench step --network mlp --rounds 15 --threads 1
   splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
@@ -50,6 +55,14 @@ post-quantum part.  Takes one to two minutes; the machine should be idle.
 gRPC takes part where grpcio is installed: pip install 'splitsec[bench]'
 """
 
+MORE = {
+    "privacy": "what noise, ledger and journal cost a step",
+    "epsilon": "accuracy against epsilon for a Gaussian cut, on real images",
+    "nopeek": "what NoPeek does to a decoder that inverts activations, and to accuracy",
+    "strangers": "a training with two thousand strangers at the port",
+}
+"""Measurements that stand in a file of their own: its name, and what it measures."""
+
 JSON_HELP = "print one JSON document, nothing else, on standard output"
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -72,6 +85,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--threads", type=counted, default=1, metavar="N", help="compute threads of every process (default: 1)"
     )
     step.add_argument("--network", action="append", metavar="NAME", help="only this network (may be repeated)")
+
+    for name, measures in MORE.items():
+        _more(name).add_arguments(what.add_parser(name, help=measures, description=measures[:1].upper() + measures[1:]))
 
     channel = what.add_parser(
         "channel",
@@ -127,7 +143,14 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    if arguments.what in MORE:
+        code: int = _more(arguments.what).run(arguments)
+        return code
     return _run_channel(arguments) if arguments.what == "channel" else _run_step(arguments)
+
+
+def _more(name: str) -> ModuleType:
+    return importlib.import_module(f"splitsec.bench.{name}")
 
 
 def _console() -> Console:

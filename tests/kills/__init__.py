@@ -21,9 +21,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from splitsec import journal
 from splitsec.identity import new_key
 from splitsec.messages import Message, encode
 from splitsec.privacy import ledger
-from tests.conftest import PATIENCE, SOURCE, Command, Shell, ended, free_port
+from tests.conftest import PATIENCE, SOURCE, Shell, ended, free_port
 from tests.wire.conftest import COMMAND, GREETING, LONG, Direction, Pass, Tap
 
 __all__ = ["WIDTH", "Books", "Counter", "Kills", "Nursery", "activation_sizes", "write_private"]
@@ -46,12 +46,10 @@ SMALL: Final = 321
 SEALED: Final = 3
 """First byte of a sealed frame."""
 
-EPOCHS: Final = 3
 BATCH: Final = 8
 SAMPLES: Final = {"train": 44, "test": 12}
-FRAMES: Final = EPOCHS * sum(-(-count // BATCH) for count in SAMPLES.values())
-"""Activations of a whole run."""
-ROWS: Final = EPOCHS * sum(SAMPLES.values())
+TURNS: Final = [-(-count // BATCH) for count in SAMPLES.values()]
+"""Activations of an epoch's two turns."""
 
 GRAPH: Final = """\
 splitsec: 1
@@ -121,7 +119,7 @@ threads: 1
 
 
 def write_private(folder: Path, graph: str, files: dict[str, str], parties: Sequence[str]) -> Path:
-    """A folder with ``graph``, where the lines of ``parties`` (``name: {``) are given keys, and ``files`` in parties/."""
+    """A folder with ``graph``, in which the lines of ``parties`` (``name: {``) get keys; ``files`` go to parties/."""
     place = folder / "parties"
     place.mkdir(parents=True)
     for party in parties:
@@ -262,19 +260,20 @@ class Kills:
 
     shell: Shell
     place: Path
-    seed: int
+    seed: int = 0
+    epochs: int = 3
     kills: int = 0
     starts: int = 0
     say: Callable[[str], None] = lambda text: None
     _took: float = 4.0
-    _began: list[Command] = field(default_factory=list)
+    """Seconds from the start of a run to its first activation, as they were lately."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         here = free_port()
         rows = sorted({min(BATCH, count - start) for count in SAMPLES.values() for start in range(0, count, BATCH)})
         self.wire = Counter(here, rows)
-        graph = GRAPH.format(here=here, there=self.wire.port, epochs=EPOCHS, batch=BATCH)
+        graph = GRAPH.format(here=here, there=self.wire.port, epochs=self.epochs, batch=BATCH)
         data = DATA.replace("TRAIN", str(SAMPLES["train"])).replace("TEST", str(SAMPLES["test"]))
         files = {"models.py": MODELS, "data.py": data, "clinic.yaml": CLINIC, "server.yaml": SERVER}
         self.folder = write_private(self.place, graph, files, ["clinic", "server"])
@@ -289,7 +288,7 @@ class Kills:
         return ["join", "--graph", str(self.folder / "graph.yaml"), "--party", party, "--quiet"]
 
     def at_random(self, kills: int) -> None:
-        """Kill the clinic until it was killed ``kills`` times; a run that ended before it was killed is only checked."""
+        """Kill the clinic until it was killed ``kills`` times; a run that ended before its kill is only checked."""
         wanted = self.kills + kills
         while self.kills < wanted:
             self._one_run(self._moment())
@@ -299,9 +298,10 @@ class Kills:
         before, rows = Books.at(self.state), self.wire.rows
         self._one_run(None)
         after = Books.at(self.state)
-        assert self.wire.rows - rows == ROWS
-        assert after.held - before.held == ROWS
-        assert (after.activations - before.activations, after.rows - before.rows) == (FRAMES, ROWS)
+        due = self.epochs * sum(SAMPLES.values())
+        assert self.wire.rows - rows == due
+        assert after.held - before.held == due
+        assert (after.activations - before.activations, after.rows - before.rows) == (self.epochs * sum(TURNS), due)
 
     def _moment(self) -> tuple[str, Callable[[], bool], float]:
         """When to kill: what to wait for, in words and as a question, and so many seconds after it."""
@@ -314,13 +314,13 @@ class Kills:
         if chance < 0.4:
             return "connecting", lambda: self.wire.connections > calls, uniform(0, 0.06)
         if chance < 0.55:
-            turns = [-(-count // BATCH) for count in SAMPLES.values()] * EPOCHS
-            frame, what = sum(turns[: self.random.randrange(1, len(turns))]), "the last of a turn"
+            turns = TURNS * self.epochs
+            frame, what, delay = sum(turns[: self.random.randrange(1, len(turns))]), ", the last of a turn", 0.008
         elif chance < 0.9:
-            frame, what = self.random.randint(1, FRAMES), ""
+            frame, what, delay = self.random.randint(1, self.epochs * sum(TURNS)), "", 0.008
         else:
-            return "the last frame", lambda: len(self.wire.releases) >= first + FRAMES, uniform(0, 0.3)
-        return f"frame {frame} {what}".strip(), lambda: len(self.wire.releases) >= first + frame, uniform(0, 0.008)
+            frame, what, delay = self.epochs * sum(TURNS), ", the last", 0.3
+        return f"frame {frame}{what}", lambda: len(self.wire.releases) >= first + frame, uniform(0, delay)
 
     def _one_run(self, moment: tuple[str, Callable[[], bool], float] | None) -> None:
         frames = len(self.wire.releases)

@@ -1,7 +1,7 @@
 """``make kills``: kill -9 at random moments of a short private training, and compare the books with the wire each time.
 
     make kills                                        50 times; some minutes
-    python -m tests.kills --kills 500 --seed 7        the same choice of moments as another time; the machine adds its own
+    python -m tests.kills --kills 500 --seed 7        the same choice of moments again; the machine adds its own
     python -m tests.kills --steps                     not at random: before every write, commit and send of a run
 
 After every kill the ledger holds no fewer releases than passed the relay between the two parties, the journal verifies
@@ -30,17 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many (default: 50)")
     parser.add_argument("--seed", type=int, metavar="N", help="for the same choice of moments again")
-    parser.add_argument("--steps", action="store_true", help="in place of that, once at every step, one after the other")
+    parser.add_argument("--steps", action="store_true", help="not at random, but once at every step")
     options = parser.parse_args(arguments)
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print("every step" if options.steps else f"seed {seed}, {options.kills} kills", flush=True)
     with tempfile.TemporaryDirectory(prefix="splitsec-kills-") as place:
         shell = Shell(Path(place))
-        kills = Kills(shell, Path(place) / "killed", seed)
-        began = time.monotonic()
-        kills.say = lambda text: print(
-            f"{time.monotonic() - began:6.1f} s  {kills.kills:3} of {options.kills}  {text}", flush=True
-        )
+        kills = Kills(shell, Path(place) / "killed", seed, epochs=1 if options.steps else 3)
+        began, of = time.monotonic(), "" if options.steps else f" of {options.kills}"
+        kills.say = lambda text: print(f"{time.monotonic() - began:6.1f} s  {kills.kills:3}{of}  {text}", flush=True)
         try:
             if options.steps:
                 nursery = Nursery(kills)

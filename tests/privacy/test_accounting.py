@@ -24,7 +24,7 @@ from mpmath import mpf
 from splitsec.privacy import accounting, randomness
 from splitsec.privacy.accounting import epsilon, passes_within
 from splitsec.privacy.errors import BadParameter, Unsupported
-from splitsec.privacy.release import Gaussian, Laplace, Mechanism, RandomisedResponse
+from splitsec.privacy.release import Gaussian, InTheClear, Laplace, Mechanism, RandomisedResponse
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "privacy-accounting.md"
 DELTA: Final = 1e-5
@@ -441,6 +441,13 @@ def test_pure_mechanisms_are_monotone_too(kind: Callable[[float], Mechanism]) ->
 def test_nothing_released_costs_nothing() -> None:
     assert epsilon({}, DELTA) == 0.0
     assert epsilon({Gaussian(1.0, 8): 0, RandomisedResponse(1.0, 2): 0}, DELTA) == 0.0
+
+
+def test_one_release_in_the_clear_costs_everything() -> None:
+    assert epsilon({InTheClear(): 1}, DELTA) == math.inf
+    assert epsilon({InTheClear(): 1, Gaussian(2.0, 8): 10, RandomisedResponse(1.0, 10): 10}, DELTA) == math.inf
+    assert epsilon({InTheClear(): 0, Gaussian(2.0, 8): 10}, DELTA) == epsilon({Gaussian(2.0, 8): 10}, DELTA)
+    assert passes_within({Gaussian(2.0, 8): 1}, {InTheClear(): 1}, 1e9, DELTA, 10) == 0
 
 
 @pytest.mark.parametrize("delta", [0.0, -1e-5, 1.0, 2.0, math.nan, math.inf])

@@ -86,6 +86,7 @@ def test_the_two_kinds_of_noise_stand_beside_each_other() -> None:
         (Policy(1, "gaussian", 1.5), Policy(1, "gaussian", 2), "noise multiplier 1.5, where at least 2 is demanded"),
         (LabelPolicy(3, 10), LabelPolicy(2, 10), "epsilon 3 a label, where at most 2 is allowed"),
         (LabelPolicy(1, 9), LabelPolicy(2, 10), "9 classes, where the floor has 10"),
+        (LabelPolicy(1, 11), LabelPolicy(2, 10), "11 classes, where the floor has 10"),
     ],
 )
 def test_what_goes_under_the_floor_is_said(own: Any, floor: Any, words: str) -> None:
