@@ -263,7 +263,7 @@ def _kind(hint: Any) -> str:
 
 def _anchor(title: str) -> str:
     """What a link to a heading is called where Markdown is shown."""
-    return "".join(one for one in title.lower().replace(" ", "-") if one.isalnum() or one == "-")
+    return "".join(one for one in title.lower().replace(" ", "-") if one.isalnum() or one in "-_")
 
 
 def main() -> int:
