@@ -7,6 +7,7 @@
 #   make types       mypy --strict
 #   make contracts   import contracts
 #   make chaos       10,000 messages over a line that breaks hundreds of times (SEED=n repeats a run)
+#   make kills       kill -9 a private training 50 times: ledger never below the wire, journal whole (SEED=n repeats a run)
 #   make wheel       build sdist and wheel in dist/
 #   make strangers   train with 2,000 strangers at the port: how many times as long it takes (two minutes, idle machine)
 #   make check       all of the above, as .ci/run does
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz chaos lint format types contracts wheel strangers check install clean
+.PHONY: help demo test fuzz chaos kills lint format types contracts wheel strangers check install clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +66,10 @@ test: $(VENV)/installed-dev
 
 chaos: $(VENV)/installed-dev
 	@SPLITSEC_CHAOS=1 SPLITSEC_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/transports/test_reconnect.py -k in_full
+
+kills: $(VENV)/installed-dev
+	@echo "==> killing a private training 50 times"
+	@$(BIN)/python -m tests.kills --kills 50 $(if $(filter-out 0,$(SEED)),--seed $(SEED))
 
 fuzz: $(VENV)/installed-fuzz
 	@echo "==> fuzzing (a million inputs take some ten minutes; what fails is kept in out/fuzz)"

@@ -154,7 +154,7 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
         clean = next(row for row in rows if row["releases"] == epochs and row["epsilon"] is None)
         axes.axhline(100 * clean["accuracy"], color=colour, linestyle=":", linewidth=1)
     axes.axhline(10, color="grey", linewidth=1)
-    axes.text(axes.get_xlim()[0] * 1.2 if axes.get_xlim()[0] > 0 else 0.6, 11.5, "guessing", color="grey", fontsize=8)
+    axes.text(0.01, 0.115, "guessing", color="grey", fontsize=8, transform=axes.transAxes)
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
     axes.set_xlabel(f"epsilon of one image against whoever receives the cut (delta {DELTA:g})")

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from splitsec.cli.simulate import counted
@@ -87,7 +87,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     step.add_argument("--network", action="append", metavar="NAME", help="only this network (may be repeated)")
 
     for name, measures in MORE.items():
-        _more(name).add_arguments(what.add_parser(name, help=measures, description=measures[:1].upper() + measures[1:]))
+        # Its own options are declared in its own file, which is read only when it is asked for.
+        rest = what.add_parser(name, help=measures, prefix_chars="\0", add_help=False)
+        rest.add_argument("options", nargs="*")
 
     channel = what.add_parser(
         "channel",
@@ -144,13 +146,15 @@ def _count(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     if arguments.what in MORE:
-        code: int = _more(arguments.what).run(arguments)
+        module = importlib.import_module(f"splitsec.bench.{arguments.what}")
+        measures = MORE[arguments.what]
+        parser = argparse.ArgumentParser(
+            prog=f"splitsec bench {arguments.what}", description=measures[:1].upper() + measures[1:]
+        )
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(arguments.options))
         return code
     return _run_channel(arguments) if arguments.what == "channel" else _run_step(arguments)
-
-
-def _more(name: str) -> ModuleType:
-    return importlib.import_module(f"splitsec.bench.{name}")
 
 
 def _console() -> Console:
