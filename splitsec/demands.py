@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitsec.errors import BelowFloor
-from splitsec.graph import Graph, LabelPrivacy, Safeguard
+from splitsec.graph import FLOATS, Graph, LabelPrivacy, Safeguard
 from splitsec.partyfile import OwnCutPrivacy, OwnLabelPrivacy, PartyFile
 from splitsec.plan import Edge, Lane, Plan, StreamPlan
 from splitsec.privacy.policy import LabelPolicy, Policy
@@ -61,6 +61,7 @@ def demands_of(graph: Graph, party_file: PartyFile, plan: Plan) -> dict[tuple[st
     Raises ``BelowFloor`` where the party's own policy would go under the graph's, ``PartyFileError`` where it speaks of
     cuts that are not this party's.
     """
+    _check_named(party_file, plan)
     own = party_file.privacy
     cuts = {(one.source, one.target): (index, one) for index, one in enumerate(own.cuts if own else ())}
     labels = {one.target: (index, one) for index, one in enumerate(own.labels if own else ())}
@@ -88,7 +89,6 @@ def demands_of(graph: Graph, party_file: PartyFile, plan: Plan) -> dict[tuple[st
             floor_labels = graph.labels[edge.index - len(graph.cuts)].privacy
             policy_labels = _joined_labels(party_file, edge, floor_labels, labels.get(edge.target))
             demands[key] = Demand(plan.lanes_out[key], policy_labels, carried.get(key, frozenset()), raw=True)
-    _check_named(party_file, plan)
     return demands
 
 
@@ -170,6 +170,16 @@ def _joined(
     own = None if wanted is None else (wanted[1].backward if back else wanted[1].forward)
     if own is None or wanted is None:
         return least
+    if edge.dtype not in FLOATS:
+        raise party_file.error(
+            f"the cut from `{edge.source}` to `{edge.target}` carries {edge.dtype}, which can be neither clipped nor "
+            "given noise",
+            "privacy",
+            "cuts",
+            wanted[0],
+            expected="a cut of floats: " + ", ".join(FLOATS),
+            fix="remove it here, or let the cut carry floats in the graph",
+        )
     mine = Policy(own.clip, own.noise, own.noise_multiplier)
     complaint = None if least is None else mine.at_least(least)
     if complaint is not None:
@@ -185,6 +195,16 @@ def _joined_labels(
     if wanted is None:
         return least
     index, own = wanted
+    if edge.dtype != "int64" or edge.shape:
+        raise party_file.error(
+            f"the labels for `{edge.target}` are {edge.dtype} {list(edge.shape)}, where randomised response needs class "
+            "numbers",
+            "privacy",
+            "labels",
+            index,
+            expected="`shape: []` and `dtype: int64` in the graph, the number of a class",
+            fix="remove it here, or send class numbers",
+        )
     classes = own.classes if own.classes is not None else (least.classes if least is not None else None)
     if classes is None:
         raise party_file.error(
@@ -215,6 +235,21 @@ def _below(party_file: PartyFile, what: str, complaint: str, *keys: str | int) -
 def _check_named(party_file: PartyFile, plan: Plan) -> None:
     if party_file.privacy is None:
         return
+    named = {
+        "cuts": [f"{one.source} -> {one.target}" for one in party_file.privacy.cuts],
+        "labels": [one.target for one in party_file.privacy.labels],
+    }
+    for key, names in named.items():
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise party_file.error(
+                    f"`{name}` is there twice",
+                    "privacy",
+                    key,
+                    index,
+                    expected="each once" + (", with `forward` and `backward` side by side" if key == "cuts" else ""),
+                    fix="put the two together",
+                )
     stages = [stage for stream in plan.streams for stage in stream.stages]
     cuts = {(e.source, e.target) for stage in stages for e in (*stage.inputs, *stage.outputs) if not e.local}
     labels = {edge.target for stream in plan.streams for edge in stream.gives_labels}

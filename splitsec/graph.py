@@ -26,6 +26,7 @@ from splitsec.yamlfile import Document, FrozenDict, meant, mistake, shown
 
 __all__ = [
     "DTYPE_BYTES",
+    "FLOATS",
     "LOSSES",
     "Cut",
     "CutPrivacy",
@@ -57,7 +58,7 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {
     "uint8": 1,
     "bool": 1,
 }
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
 class Loss(NamedTuple):
@@ -68,14 +69,14 @@ class Loss(NamedTuple):
 
 
 LOSSES: Final[Mapping[str, Loss]] = {
-    "cross_entropy": Loss("CrossEntropyLoss", ("int64", *_FLOATS)),
+    "cross_entropy": Loss("CrossEntropyLoss", ("int64", *FLOATS)),
     "nll": Loss("NLLLoss", ("int64",)),
-    "bce": Loss("BCELoss", _FLOATS),
-    "bce_with_logits": Loss("BCEWithLogitsLoss", _FLOATS),
-    "mse": Loss("MSELoss", _FLOATS),
-    "l1": Loss("L1Loss", _FLOATS),
-    "smooth_l1": Loss("SmoothL1Loss", _FLOATS),
-    "huber": Loss("HuberLoss", _FLOATS),
+    "bce": Loss("BCELoss", FLOATS),
+    "bce_with_logits": Loss("BCEWithLogitsLoss", FLOATS),
+    "mse": Loss("MSELoss", FLOATS),
+    "l1": Loss("L1Loss", FLOATS),
+    "smooth_l1": Loss("SmoothL1Loss", FLOATS),
+    "huber": Loss("HuberLoss", FLOATS),
 }
 CUSTOM: Final = "custom"  # the loss that only the party knows: its party file names the function
 
@@ -992,14 +993,14 @@ def _check_labels(graph: Graph) -> None:
 
 def _check_privacy(graph: Graph) -> None:
     for index, cut in enumerate(graph.cuts):
-        if cut.privacy is not None and cut.dtype not in _FLOATS:
+        if cut.privacy is not None and cut.dtype not in FLOATS:
             raise graph.error(
                 f"the cut from `{cut.source}` to `{cut.target}` carries {cut.dtype}, which can be neither clipped nor "
                 "given noise",
                 "cuts",
                 index,
                 "privacy",
-                expected="a cut of floats: " + ", ".join(_FLOATS),
+                expected="a cut of floats: " + ", ".join(FLOATS),
                 fix="remove `privacy` there, or let the cut carry floats",
             )
         if cut.privacy is not None and cut.privacy.forward is not None and cut.raw:

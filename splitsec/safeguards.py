@@ -93,16 +93,16 @@ class Safeguards:
 
     def accounts(self, *, training: bool, labels: bool) -> list[tuple[Account, float | None]]:
         """What one pass over the samples of a split costs: the accounts it spends once each, and their budgets."""
-        found: dict[Account, float | None] = {}
+        found: list[tuple[Account, float | None]] = []  # one account twice: two releases a pass
         if training:
             for segment, private in self._private.items():
-                found.update(self._accounts_of_weights(segment, private.release, private.clip))
+                found += self._accounts_of_weights(segment, private.release, private.clip).items()
         for demand in self._demands.values():
             kind = demand.lane.kind
             if (kind == "gradient" and not training) or (kind == "labels" and not labels):
                 continue
-            found.update(self._accounts_of(demand))
-        return list(found.items())
+            found += self._accounts_of(demand).items()
+        return found
 
     def passes_left(self, split: str, *, training: bool, labels: bool, most: int) -> int:
         """How many more complete passes over ``split`` the budgets allow, at most ``most``."""

@@ -162,5 +162,5 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set_title("2,500 MNIST images, 16 numbers across the cut; dotted: clipped, no noise", fontsize=9)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    figure.savefig(file, dpi=110)
     plt.close(figure)

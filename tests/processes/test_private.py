@@ -81,12 +81,12 @@ DATA = """\
 import torch
 
 
-def samples(split, count, site=0, width=40, order=None):
+def samples(split, count, site=0, width=40, order=None, first=0):
     x = torch.randn(count, width, generator=torch.Generator().manual_seed(100 * site + count))
     rows = range(count)
     if order is not None:
         rows = torch.randperm(count, generator=torch.Generator().manual_seed(order)).tolist()
-    return {"id": [f"{site}-{split}-{row}" for row in rows], "x": x[list(rows)], "y": torch.zeros(count).long()}
+    return {"id": [f"{site}-{split}-{first + row}" for row in rows], "x": x[list(rows)], "y": torch.zeros(count).long()}
 
 
 def train(counts, **args):
@@ -430,7 +430,9 @@ def test_two_cuts_that_carry_the_same_record_add_up(shell: Shell, tmp_path: Path
 
 
 def test_what_was_spent_carries_over_from_run_to_run(shell: Shell, tmp_path: Path, together: Together) -> None:
-    """Five epochs, and five more over the same samples in another order, cost what ten do."""
+    """Five epochs, and five more over the same samples in another order, cost what ten do; a third time half of them
+    are others, and each is counted by its own id.
+    """
     folder = pair(tmp_path / "twice", clinic(counts=(300, 20)), epochs=5, batch=64)
     in_threads(folder, together)
     before = entries(shell, folder)
@@ -446,6 +448,10 @@ def test_what_was_spent_carries_over_from_run_to_run(shell: Shell, tmp_path: Pat
     book = ledger.read(folder / "state" / "clinic" / "ledger.sqlite")
     (account,) = book.accounts
     assert book.releases(account).tolist() == [10] * 320
+    change(folder / "parties" / "clinic.yaml", ("order: 9}", "first: 150}"))
+    in_threads(folder, together)
+    book = ledger.read(folder / "state" / "clinic" / "ledger.sqlite")
+    assert Tally(book.releases(account).tolist()) == {15: 150, 10: 150 + 20, 5: 150 + 20}
 
 
 # --- the guard

@@ -45,7 +45,7 @@ def test_every_key_of_every_model_is_there_with_a_description(module: object) ->
 def test_links_lead_to_headings() -> None:
     text = reference.markdown()
     anchors = {
-        re.sub(r"[^a-z0-9 -]", "", line.lower()).strip().replace(" ", "-")
+        re.sub(r"[^a-z0-9_ -]", "", line.lower()).strip().replace(" ", "-")
         for line in re.findall(r"^#+ (.*)$", text, flags=re.M)
     }
     linked = set(re.findall(r"\]\(#([^)]*)\)", text))

@@ -44,10 +44,12 @@ private):
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
+  splitsec ledger FOLDER       what privacy was spent, and on what
+  splitsec journal show FOLDER what left, entry by entry; `verify`: and that nobody changed it
   splitsec listen FILE         read the trace of a party's traffic
 """
     )
-    for command in ("check", "keys", "simulate", "predict", "join", "listen"):
+    for command in ("check", "keys", "simulate", "predict", "join", "ledger", "journal", "listen"):
         assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
         assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
 
