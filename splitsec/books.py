@@ -18,7 +18,7 @@ from splitsec.demands import Demand, learnt_from
 from splitsec.errors import LedgerError
 from splitsec.graph import Graph
 from splitsec.journal import Journal
-from splitsec.partyfile import PartyFile
+from splitsec.partyfile import OwnPrivacy, PartyFile
 from splitsec.plan import make_plan
 from splitsec.privacy import errors as below
 from splitsec.privacy.dpsgd import PrivateTraining
@@ -69,6 +69,13 @@ def open_books(
                 "while other noise is accounted for: together no finite epsilon holds, and the ledger will say so"
             )
             report({"event": "warning", "text": text})
+    for lane in plan.lanes_out.values():
+        if lane.kind == "weights" and learns.get(lane.name, frozenset()) & counted and lane.name not in private:
+            text = (
+                f"the weights of {lane.name} are handed on to {lane.peer} without noise: no epsilon in the ledger "
+                "covers what they tell about the samples that trained them (docs/dp-sgd.md)"
+            )
+            report({"event": "warning", "text": text})
     kept = wanted.journal or counted or policy is not None or any(one.policy for one in demands.values())
     folder = wanted.state or party_file.state_folder
     ledger, journal, datasets = None, None, {}
@@ -83,8 +90,8 @@ def open_books(
             )
         if counted:
             ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
-            if policy is not None:
-                ledger.set_policy(delta=policy.delta, budget=policy.epsilon, label_budget=policy.label_epsilon)
+            limits = policy or OwnPrivacy()
+            ledger.set_policy(delta=limits.delta, budget=limits.epsilon, label_budget=limits.label_epsilon)
             inputs = frozenset[str]().union(*(stream.fields(labels=False) for stream in plan.streams))
             datasets = {split: _registered(ledger, split, wanted, samples, inputs) for split, samples in own.items()}
     except (below.PrivacyError, OSError) as error:

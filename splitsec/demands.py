@@ -197,8 +197,8 @@ def _joined_labels(
     index, own = wanted
     if edge.dtype != "int64" or edge.shape:
         raise party_file.error(
-            f"the labels for `{edge.target}` are {edge.dtype} {list(edge.shape)}, where randomised response needs class "
-            "numbers",
+            f"the labels for `{edge.target}` are {edge.dtype} {list(edge.shape)}, where randomised response needs "
+            "class numbers",
             "privacy",
             "labels",
             index,

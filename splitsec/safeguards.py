@@ -262,6 +262,8 @@ class Safeguards:
             ) from error
 
     def _applied(self, demand: Demand, tensor: torch.Tensor) -> torch.Tensor:
+        if demand.policy is None:
+            return tensor
         try:
             match demand.policy:
                 case LabelPolicy(epsilon=epsilon, classes=classes):
@@ -270,8 +272,10 @@ class Safeguards:
                     return gaussian(tensor, clip=clip, noise_multiplier=scale, source=self._source)
                 case Policy(clip=float() as clip, noise="laplace", noise_multiplier=float() as scale):
                     return laplace(tensor, clip=clip, noise_multiplier=scale, source=self._source)
-                case Policy(clip=float() as clip):
+                case Policy(clip=float() as clip, noise=None):
                     return clip_rows(tensor, clip)
+                case policy:  # never as it is because nothing fits
+                    raise below.Unsupported(f"nothing here does what {policy!r} demands")
         except below.PrivacyError as error:
             lane = demand.lane
             raise EgressRefused(
@@ -279,7 +283,6 @@ class Safeguards:
                 expected=f"what can be given {demand}",
                 fix="nothing was sent; look at what the segment makes, and at `privacy` of that cut",
             ) from error
-        return tensor
 
     def _look(self, key: tuple[str, int], demand: Demand, sent: torch.Tensor, carried: Carried) -> None:
         if self._own.leakage is None or "inputs" not in demand.carries or len(carried.rows) < LEAST_ROWS:

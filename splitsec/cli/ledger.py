@@ -83,6 +83,8 @@ def files_at(place: Path, name: str, *, what: str, how: str) -> list[Path]:
     try:
         if place.is_file():
             return [place]
+        if found := [file for folder in _state_folders(place) if (file := folder / name).is_file()]:
+            return found
         for pattern in (f"state/*/{name}", f"*/{name}", name):
             if found := sorted(file for file in place.glob(pattern) if file.is_file()):
                 return found
@@ -94,6 +96,15 @@ def files_at(place: Path, name: str, *, what: str, how: str) -> list[Path]:
         expected=f"a graph folder with state/PARTY/{name}, its state folder, or a {what} file",
         fix=f"check the path; {how}",
     )
+
+
+def _state_folders(place: Path) -> list[Path]:
+    """Where the parties of a graph folder keep their books, as their files say; none where it is another folder."""
+    from splitsec.partyfile import load_party
+
+    if not (place / "graph.yaml").is_file():
+        return []
+    return [load_party(file).state_folder for file in sorted((place / "parties").glob("*.yaml"))]
 
 
 def _statement(file: Path, delta: float | None) -> list[Entry]:

@@ -369,9 +369,7 @@ class Kills:
         spent, written = books.held - self._last.held, books.rows - self._last.rows
         entries = books.activations - self._last.activations
         rows, frames = rows - self._passed[0], frames - self._passed[1]
-        text += (
-            f"; this run: wire {frames} frames, {rows} rows; ledger {spent}; journal {entries} frames, {written} rows"
-        )
+        text += f"; in this run: wire {frames}, {rows}; ledger {spent}; journal {entries}, {written}"
         assert spent >= rows, text
         assert entries >= frames and written >= rows, text
         # What a kill can cost: what was reserved for the turn, and one entry whose message did not leave.
@@ -549,7 +547,7 @@ class _Deadly:
             send(thread, peer, lane, header, body, **more)
             self.event(f"sent {kind}")
 
-        IOThread.send = sending  # type: ignore[method-assign]
+        IOThread.send = sending  # type: ignore[assignment, method-assign]
 
     def _on_journal(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def instead(descriptor: int, *rest: Any) -> Any:

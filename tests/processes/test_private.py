@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 import torch
 
-import splitsec.party
 from splitsec import journal
 from splitsec.errors import BelowFloor, PartyFileError, SplitsecError, UnsafeSegment
 from splitsec.graph import load_graph
@@ -188,13 +187,16 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Together:
     """Runs a folder, as ``join`` would at each party."""
     runs: list[Run] = []
 
-    class Recording(IOThread):
-        def send(self, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True) -> None:
-            mine = runs[-1].sent.setdefault(threading.current_thread().name, [])
-            mine.append((header, b"".join(bytes(part) for part in body)))
-            super().send(peer, lane, header, body, wait=wait)
+    send = IOThread.send
 
-    monkeypatch.setattr(splitsec.party, "IOThread", Recording)
+    def recording(
+        thread: IOThread, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True
+    ) -> None:
+        mine = runs[-1].sent[threading.current_thread().name]
+        mine.append((header, b"".join(bytes(part) for part in body)))
+        send(thread, peer, lane, header, body, **more)
+
+    monkeypatch.setattr(IOThread, "send", recording)
 
     def run(folder: Path) -> Run:
         graph = load_graph(folder / "graph.yaml")
@@ -510,7 +512,7 @@ def test_a_party_file_under_the_floor(shell: Shell, tmp_path: Path, command: str
     folder = pair(tmp_path / "under", file.replace("privacy: {delta: 1.0e-5}\n", UNDER.lstrip()))
     place = folder / "parties" / "clinic.yaml"
     line = next(n for n, text in enumerate(place.read_text().splitlines(), 1) if "noise_multiplier: 1.9" in text)
-    arguments = {
+    arguments: dict[str, list[str | Path]] = {
         "check": ["check", folder],
         "simulate": ["simulate", folder, "--quiet"],
         "join": ["join", "--graph", folder / "graph.yaml", "--party", "clinic", "--quiet"],

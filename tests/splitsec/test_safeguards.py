@@ -126,20 +126,20 @@ class Thread:
         pass
 
 
-class Watched(SeededSourceForTests):
+class Watched:
     """Noise for tests that says when it is drawn."""
 
     def __init__(self, seed: int, drawn: Callable[[], None]) -> None:
-        super().__init__(seed)
+        self._source = SeededSourceForTests(seed)
         self._drawn = drawn
 
     def fill(self, out: torch.Tensor) -> None:
         self._drawn()
-        super().fill(out)
+        self._source.fill(out)
 
     def words(self, count: int) -> torch.Tensor:
         self._drawn()
-        return super().words(count)
+        return self._source.words(count)
 
 
 class Door:
@@ -542,9 +542,8 @@ def test_how_many_passes_are_left(doors: Callable[..., Door]) -> None:
 
 def test_passes_with_gradients_labels_and_weights(doors: Callable[..., Door]) -> None:
     """Answers go back in training only; labels have a budget of their own and do not leave in a prediction."""
-    bent = parse_graph(
-        BENT.replace("FORWARD", GAUSSIAN).replace("{forward: {clip: 1.0}}", "{forward: " + GAUSSIAN + "}")
-    )
+    text = BENT.replace("{forward: {clip: 1.0}}", "{forward: FORWARD}")
+    bent = parse_graph(text.replace("FORWARD", GAUSSIAN))
     door = doors(bent, OwnPrivacy(epsilon=exact(6) + 0.01, delta=DELTA, label_epsilon=exact(1) + 0.01))
     passes = door.safeguards.passes_left
     assert passes("train", training=True, labels=True, most=100) == 1  # one gradient tells about a label
@@ -576,6 +575,35 @@ def test_two_outputs_over_one_cut_cost_two_releases_a_pass(doors: Callable[..., 
     assert door.counts() == {"stem -> trunk / inputs": [6 * one for one in ONCE]}
     with pytest.raises(BudgetSpent):
         door.release("activation", activation(), ROWS, key=(3, 0), lane=lanes[0])
+
+
+GROUP = """\
+splitsec: 1
+name: registered
+parties:
+  a: {}
+  b: {}
+  c: {}
+  clinic: {listen: "tcp://127.0.0.1:7401"}
+  server: {listen: "tcp://127.0.0.1:7400"}
+groups: {clinics: {members: [a, b, c], schedule: parallel}}
+segments:
+  stem: {at: clinics, data: x}
+  trunk: {at: server}
+  head: {at: clinics, loss: cross_entropy}
+cuts:
+  - {from: stem, to: trunk, shape: [4], dtype: float32}
+  - {from: trunk, to: head, shape: [4], dtype: float32}
+labels:
+  - {from: clinic, to: head, privacy: {epsilon: 1.0, classes: 3}}
+"""
+
+
+def test_labels_for_the_members_of_a_group_cost_one_release_a_pass(doors: Callable[..., Door]) -> None:
+    """Three lanes, one for each member; a sample is with one of them."""
+    door = doors(parse_graph(GROUP), OwnPrivacy(label_epsilon=2.01, delta=DELTA))
+    assert len([lane for lane in door.plan.lanes_out.values() if lane.kind == "labels"]) == 3
+    assert door.safeguards.passes_left("train", training=True, labels=True, most=100) == 2
 
 
 # --- leakage
