@@ -483,6 +483,8 @@ class _Line:
     hash: str | None
     """None where the line's end is not readable."""
     intact: bool
+    lost: int
+    """Entries that were missing before it, as the run says that began with it."""
 
 
 def verify(file: str | os.PathLike[str], head: str | None = None) -> list[Finding]:
@@ -501,9 +503,9 @@ def verify(file: str | os.PathLike[str], head: str | None = None) -> list[Findin
         marks = None
         findings.append(Finding(None, None, f"the head file {_head_of(place).name} cannot be used: {error.seen}"))
     lines, torn = _read_lines(place)
-    if marks is None and not lines and torn is None:
+    if marks is None and not lines and torn is None and head is None:
         return []  # killed as it was made: nothing had left
-    findings[:0] = [*_damaged(lines), *_misplaced(lines), *_unlinked(lines)]
+    findings[:0] = [*_damaged(lines), *_misplaced(lines), *_unlinked(lines), *_lost(lines)]
     hashes = {one.number: one.hash for one in reversed(lines) if one.intact}
     last = max((one.number for one in lines), default=0)
     if not lines and (marks is None or marks.written[0]):
@@ -534,9 +536,28 @@ def _read_lines(file: Path) -> tuple[list[_Line], int | None]:
                     None if found is None else found[0],
                     None if found is None else found[1],
                     found is not None and found[2] and number is not None,
+                    _lost_before(contents),
                 )
             )
     return lines, None
+
+
+def _lost_before(line: bytes) -> int:
+    if b'"lost_entries":0}' in line or b'"kind":"opened"' not in line:
+        return 0
+    lost = (_parsed(line) or {}).get("lost_entries")
+    return lost if isinstance(lost, int) else 0
+
+
+def _lost(lines: Sequence[_Line]) -> Iterator[Finding]:
+    for one in lines:
+        if one.lost:
+            yield Finding(
+                one.number,
+                one.line,
+                f"line {one.line}: when the run that begins with entry {one.number} was started, {one.lost} entries before "
+                "it were missing: lost to a power failure in their last second, or removed",
+            )
 
 
 def _damaged(lines: Sequence[_Line]) -> Iterator[Finding]:
@@ -604,3 +625,8 @@ def _against_head(marks: Marks, last: int, hashes: dict[int, str | None], torn: 
             power = "" if name.startswith("the") else ", or lost to a power failure in their last second"
             yield Finding(last + 1, torn, f"at the end: {which} missing: removed{power}")
             return
+    known = marks.written[0]
+    if last > known + 1:  # killed between an entry and its head it is one ahead, and no more
+        yield Finding(
+            known + 2, None, f"at the end: entries {known + 2} to {last} stand behind what the head knows: put in"
+        )

@@ -189,9 +189,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Together:
 
     send = IOThread.send
 
-    def recording(
-        thread: IOThread, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True
-    ) -> None:
+    def recording(thread: IOThread, peer: bytes, lane: int, header: bytes, body: Any = (), **more: Any) -> None:
         mine = runs[-1].sent[threading.current_thread().name]
         mine.append((header, b"".join(bytes(part) for part in body)))
         send(thread, peer, lane, header, body, **more)
@@ -372,7 +370,7 @@ def test_a_party_whose_budget_is_spent_leaves_and_the_others_go_on(shell: Shell,
         wire.drained()
         assert all(1100 < size < 1500 for size in wire.unknown)  # the clinics' handshake, which the server forwards
         assert Tally(wire.releases) == {8: 4 * 3, 6: 2, 2: 2}
-        assert wire.releases[-6:] == [8] * 6
+        assert wire.releases[-5:] == [8] * 5  # in parallel the large one may be a step ahead of the small one's last
         if schedule == "round_robin":
             assert wire.releases == [8, 8, 6, 2, 8] * 2 + [8, 8, 8] * 2
         spent = {(one["party"], one["dataset"].split("-")[0]): one["releases"] for one in entries(shell, folder)}

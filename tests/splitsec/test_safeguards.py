@@ -492,6 +492,24 @@ def test_books_are_opened_where_they_are_needed_and_say_what_they_cannot_bound(t
     ]
 
 
+def test_books_warn_of_weights_that_are_handed_on_beside_noise(tmp_path: Path) -> None:
+    noised = group("round_robin", "end").model_dump(by_alias=True)
+    floor = {"forward": {"clip": 1.0, "noise": "gaussian", "noise_multiplier": 2.0}}
+    noised["cuts"] = [{**noised["cuts"][0], "privacy": floor}]
+    for name, graph, private, warned in (
+        ("clear", group("round_robin", "end"), {}, 0),
+        ("noised", Graph.model_validate(noised), {}, 1),
+        ("private", Graph.model_validate(noised), {"stem": private_stem()}, 0),
+    ):
+        party = PartyFile(party="a")
+        told: list[dict[str, Any]] = []
+        demands = demands_of(graph, party, make_plan(graph, "a"))
+        own = {"train": samples(torch.randn(4, 2), torch.zeros(4))}
+        open_books(graph, party, demands, own, private, Job(state=tmp_path / name), told.append).close()
+        assert len(told) == warned, name
+        assert all("the weights of stem are handed on to b without noise" in event["text"] for event in told)
+
+
 def private_stem() -> PrivateTraining:
     return PrivateTraining(torch.nn.Linear(4, 4), clip=2.0, noise_multiplier=4.0, source=SeededSourceForTests(1))
 

@@ -226,10 +226,10 @@ class Passed:
         self.into: dict[tuple[int, str, str, int], list[bytes]] = defaultdict(list)
         release, admit = Guard.release, Guard.admit
 
-        def seen_out(guard: Guard, lane: tuple[str, int], message: Message) -> None:
+        def seen_out(guard: Guard, lane: tuple[str, int], message: Message, *carried: Any) -> None:
             header, body = encode(message)
             self.out[_run.number, guard.plan.party, *lane].append(header + b"".join(body))
-            release(guard, lane, message)
+            release(guard, lane, message, *carried)
 
         def seen_in(guard: Guard, arrived: Received) -> None:
             whole = arrived.header + bytes(arrived.body)
