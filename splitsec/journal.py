@@ -543,7 +543,7 @@ def _read_lines(file: Path) -> tuple[list[_Line], int | None]:
 
 
 def _lost_before(line: bytes) -> int:
-    if b'"lost_entries":0}' in line or b'"kind":"opened"' not in line:
+    if b'"kind":"opened"' not in line:
         return 0
     lost = (_parsed(line) or {}).get("lost_entries")
     return lost if isinstance(lost, int) else 0
@@ -555,8 +555,8 @@ def _lost(lines: Sequence[_Line]) -> Iterator[Finding]:
             yield Finding(
                 one.number,
                 one.line,
-                f"line {one.line}: when the run that begins with entry {one.number} was started, {one.lost} entries before "
-                "it were missing: lost to a power failure in their last second, or removed",
+                f"line {one.line}: when the run that begins with entry {one.number} was started, {one.lost} entries "
+                "before it were missing: lost to a power failure in their last second, or removed",
             )
 
 
@@ -627,6 +627,5 @@ def _against_head(marks: Marks, last: int, hashes: dict[int, str | None], torn: 
             return
     known = marks.written[0]
     if last > known + 1:  # killed between an entry and its head it is one ahead, and no more
-        yield Finding(
-            known + 2, None, f"at the end: entries {known + 2} to {last} stand behind what the head knows: put in"
-        )
+        which = f"entries {known + 2} to {last} stand" if last > known + 2 else f"entry {last} stands"
+        yield Finding(known + 2, None, f"at the end: {which} behind what the head file knows: put in")

@@ -157,7 +157,9 @@ def _verify(files: list[Path], arguments: argparse.Namespace) -> int:
         print(json.dumps({"journals": document}, indent=2))
     else:
         for file, number, last, findings in reports:
-            if not findings:
+            if not findings and not number:
+                print(f"{file}: no entry: a run was killed as it began, or somebody emptied it")
+            elif not findings:
                 print(f"{file}: {number} entries, as they were written; the last one's hash is\n  {last}")
             for one in findings:
                 print(f"{file}: {one.what}")
