@@ -347,10 +347,11 @@ class Ledger:
         """The slots of a data set's samples.  ``keys``: one for each row, its id or, ``known_by="content"``, its bytes.
 
         A sample that the ledger has met before, under any name, keeps its slot and its counts; equal keys share one.
-        Raises ``LedgerError`` where this data set's samples were known by the other thing before: their counts would
-        be lost.
+        Raises ``LedgerError`` where samples were known by the other thing before, in whatever data set: their counts
+        would be lost.
         """
         before, members = self._book.datasets.get(name, (known_by, np.zeros(0, np.int32)))
+        before = next((other for other, _ in self._book.datasets.values() if other != known_by), before)
         if before != known_by:
             raise LedgerError(
                 f"{self.file}: the samples of {name!r} are known by {before} here, and now come by {known_by}: what was"
@@ -374,6 +375,10 @@ class Ledger:
             self._book.datasets[name] = (known_by, union)
             self._book.datasets = dict(sorted(self._book.datasets.items()))
         return Dataset(name, slots)
+
+    def mark(self, keys: Sequence[bytes]) -> str:
+        """Eight hexadecimal digits that tell one set of samples from another, and nothing to who lacks this ledger."""
+        return hmac.digest(self._key, b"set\0" + b"".join(sorted(keys)), "sha256")[:4].hex()
 
     def account(self, cut: str, protects: Protects, mechanism: Mechanism, clip: float | None) -> Account:
         """The account of what goes through ``cut`` by ``mechanism``; the same one as ever for the same arguments."""

@@ -131,6 +131,8 @@ def _follow(
             raise PeerMisbehaved("sent no fingerprints of sample ids", party=leader)
         raw = prints.numpy().tobytes()
         theirs = [raw[i : i + FINGERPRINT] for i in range(0, len(raw), FINGERPRINT)]
+        if len(set(theirs)) != len(theirs):
+            raise PeerMisbehaved("named a sample twice", party=leader, expected="every sample once in an order")
         own = owned.get(split, Samples({}, (), 0))
         ids = _ids(own, split)
         matched = match(ids, key, theirs, extra_allowed=serves_several)

@@ -7,7 +7,6 @@ ledger``, ``journal``), when they are written (``safeguards``).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from splitsec.privacy.ledger import Dataset, KnownBy, Ledger
 from splitsec.safeguards import Safeguards, accounted
 from splitsec.samples import Samples, sample_keys
 
-__all__ = ["JOURNAL_FILE", "LEDGER_FILE", "open_books"]
+__all__ = ["JOURNAL_FILE", "LEDGER_FILE", "open_books", "open_journal"]
 
 LEDGER_FILE = "ledger.sqlite"
 JOURNAL_FILE = "journal.jsonl"
@@ -81,17 +80,18 @@ def open_books(
     ledger, journal, datasets = None, None, {}
     try:
         if kept:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            journal = Journal(
-                folder / JOURNAL_FILE,
-                party=party_file.party,
-                graph_digest=digest(graph).hex(),
-                version=__version__,
-            )
+            journal = open_journal(folder, graph, party_file.party)
         if counted:
             ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
             limits = policy or OwnPrivacy()
             ledger.set_policy(delta=limits.delta, budget=limits.epsilon, label_budget=limits.label_epsilon)
+            if (limits.epsilon or limits.label_epsilon) and any(one.ids is None and one.count for one in own.values()):
+                text = (
+                    "a budget, and samples without ids: they are known by their content, and whatever changes it "
+                    "(scaling, another dtype) makes them samples that were never seen; return an `id` that stays with "
+                    "the person"
+                )
+                report({"event": "warning", "text": text})
             inputs = frozenset[str]().union(*(stream.fields(labels=False) for stream in plan.streams))
             datasets = {split: _registered(ledger, split, wanted, samples, inputs) for split, samples in own.items()}
     except (below.PrivacyError, OSError) as error:
@@ -116,9 +116,15 @@ def open_books(
     )
 
 
+def open_journal(folder: Path, graph: Graph, party: str) -> Journal:
+    """The journal of ``party`` in its state folder, which is made where there is none.  Raises ``UserError``."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Journal(folder / JOURNAL_FILE, party=party, graph_digest=digest(graph).hex(), version=__version__)
+
+
 def _registered(ledger: Ledger, split: str, wanted: Wanted, samples: Samples, inputs: frozenset[str]) -> Dataset:
-    """The data set under a name that its own samples give it: the split, and eight digits of their digest."""
+    """The data set under a name that its own samples give it: the split, and eight digits of their keyed digest."""
     keys = sample_keys(samples, inputs)
-    mark = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:8]
+    mark = ledger.mark(keys)
     known_by: KnownBy = "content" if samples.ids is None else "id"
     return ledger.dataset(f"{wanted.split if split == 'predict' else split}-{mark}", keys, known_by=known_by)

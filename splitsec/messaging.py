@@ -6,24 +6,31 @@ same channels as training does.  Not here: segments, steps.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from splitsec.books import open_journal
 from splitsec.errors import EgressRefused, UserError
 from splitsec.graph import Exchange, Graph
 from splitsec.messages import Message
 from splitsec.party import open_guard
 from splitsec.plan import exchange_lane, make_plan
+from splitsec.safeguards import Safeguards
 from splitsec.transports.iothread import CloseCode
 
 __all__ = ["Line", "open_line"]
 
 
-def open_line(graph: Graph, party: str, *, private_key: bytes, listen: str | None = None) -> Line:
+def open_line(
+    graph: Graph, party: str, *, private_key: bytes, listen: str | None = None, state: str | Path | None = None
+) -> Line:
     """Connect ``party`` with every party that it exchanges tensors with, and return its end of the exchanges.
 
     ``private_key``: 32 bytes, from ``read_key``.  ``listen``: where to bind, in place of the graph's ``listen``.
+    ``state``: folder of the party's journal, which then has an entry for every tensor sent; no policy and no budget
+    applies to exchanges.
     Raises ``PeerUnreachable`` or ``PeerRefusedUs`` if a peer does not come up or turns us down.
 
     >>> with open_line(graph, "clinic-a", private_key=key) as line:  # doctest: +SKIP
@@ -31,19 +38,34 @@ def open_line(graph: Graph, party: str, *, private_key: bytes, listen: str | Non
     """
     if party not in graph.parties:
         raise UserError(f"no party {party!r} in the graph", expected="one of " + ", ".join(map(repr, graph.parties)))
-    return Line(graph, party, private_key=private_key, listen=listen)
+    return Line(graph, party, private_key=private_key, listen=listen, state=state)
 
 
 class Line:
     """One party's end of its exchanges.  Use it in a ``with`` block, or call ``close``."""
 
-    def __init__(self, graph: Graph, party: str, *, private_key: bytes, listen: str | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        party: str,
+        *,
+        private_key: bytes,
+        listen: str | None = None,
+        state: str | Path | None = None,
+    ) -> None:
         self._graph = graph
         self._party = party
         self._exchanges = {exchange.name: exchange for exchange in graph.exchanges}
         self._sent = 0
         plan = make_plan(graph, party, exchanges=True)
-        self._guard = open_guard(graph, plan, private_key, listen=listen, together=False)
+        self._safeguards = None if state is None else Safeguards({}, journal=open_journal(Path(state), graph, party))
+        try:
+            self._guard = open_guard(
+                graph, plan, private_key, listen=listen, together=False, safeguards=self._safeguards
+            )
+        except BaseException:
+            self._close_books()
+            raise
         try:
             self._guard.open_all(plan.peers)
         except BaseException:
@@ -94,6 +116,11 @@ class Line:
     def close(self, *, failed: bool = False) -> None:
         """Send what is queued and say goodbye."""
         self._guard.close(CloseCode.ERROR if failed else CloseCode.NORMAL)
+        self._close_books()
+
+    def _close_books(self) -> None:
+        if self._safeguards is not None:
+            self._safeguards.close()
 
     def __enter__(self) -> Line:
         return self

@@ -247,7 +247,8 @@ class Party:
         turns = {}
         for split, training in splits.items():
             labels = self.job.action == "train"
-            left = self.safeguards.passes_left(split, training=training, labels=labels, most=wanted)
+            other = {"train": "test", "test": "train"}.get(split)
+            left = self.safeguards.passes_left(split, training=training, labels=labels, most=wanted, also=other)
             if left < wanted:
                 turns[split] = left
             if left == 0 and (self.job.action == "predict" or self.graph.privacy.when_spent == "end"):
@@ -386,7 +387,7 @@ class Party:
             if micro.stream not in orders:
                 return None
             chosen = orders[micro.stream][micro.start : micro.start + micro.rows]
-            return Carried(SPLIT[turn.phase], chosen, inputs[micro.stream], turn.phase == TRAIN)
+            return Carried(SPLIT[turn.phase], chosen, inputs[micro.stream], turn.phase == TRAIN, micro.stream)
 
         inputs = {stream: self._inputs(turn, stream) for stream in orders}
         steps = step_count(self.graph, turn, self.counts)

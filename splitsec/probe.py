@@ -130,6 +130,17 @@ def check_private(
                 expected="`nopeek` at a segment with `data` in the graph: it compares samples with what leaves",
                 fix="move it to the segment that reads the samples, or remove it",
             )
+        if code.nopeek is not None and any(
+            one.lane.kind == "gradient" and one.mechanism is not None for one in demands.values()
+        ):
+            raise party_file.error(
+                f"`nopeek` at the segment `{name}`, and noise on gradients that leave this party",
+                "segments",
+                name,
+                "nopeek",
+                expected="one of them: NoPeek compares the samples of a batch, so that no gradient is one sample's",
+                fix="remove one of the two",
+            )
     if not any(demand.mechanism is not None and demand.carries for demand in demands.values()):
         return
     for name, segment in segments.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from splitsec.demands import Demand, Protects
@@ -47,6 +48,7 @@ class Carried:
     rows: torch.Tensor
     inputs: Mapping[str, torch.Tensor]
     training: bool
+    stream: int = 0
 
 
 class Safeguards:
@@ -85,7 +87,7 @@ class Safeguards:
             self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
         self._accounted = accounted(demands, self._private, self._learnt_from)
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
-        self._gone: dict[tuple[str, int], tuple[int, set[int]]] = {}
+        self._gone: dict[tuple[str, int, int], tuple[int, set[int]]] = {}
         self._sums: dict[str, dict[str, list[float]]] = {}
         self._warned: set[str] = set()
 
@@ -104,17 +106,23 @@ class Safeguards:
             found += self._accounts_of(demand).items()
         return found
 
-    def passes_left(self, split: str, *, training: bool, labels: bool, most: int) -> int:
-        """How many more complete passes over ``split`` the budgets allow, at most ``most``."""
+    def passes_left(self, split: str, *, training: bool, labels: bool, most: int, also: str | None = None) -> int:
+        """How many more complete passes over ``split`` the budgets allow, at most ``most``.
+
+        ``also``: another split that is looked at once a pass; where it holds some of the same samples, both cost them.
+        """
         if self._ledger is None or split not in self._datasets:
             return most
+        slots = self._datasets[split].slots
+        accounts = self.accounts(training=training, labels=labels)
+        if also in self._datasets and np.intersect1d(slots, self._datasets[also].slots).size:
+            accounts += self.accounts(training=not training, labels=labels)
         by_budget: dict[tuple[str, float], list[Account]] = defaultdict(list)
-        for account, budget in self.accounts(training=training, labels=labels):
+        for account, budget in accounts:
             if budget is not None:
                 by_budget[account.protects, budget].append(account)
-        slots = self._datasets[split].slots
-        for (_, budget), accounts in by_budget.items():
-            most = self._ledger.passes_left(slots, accounts, budget=budget, delta=self._own.delta, most=most)
+        for (_, budget), ours in by_budget.items():
+            most = self._ledger.passes_left(slots, ours, budget=budget, delta=self._own.delta, most=most)
         return most
 
     def expect(self, split: str, batches: Sequence[torch.Tensor]) -> None:
@@ -203,7 +211,8 @@ class Safeguards:
     def _once(self, key: tuple[str, int], demand: Demand, message: Message, carried: Carried) -> None:
         """Raise ``EgressRefused`` if one of the samples left on this lane in this step already."""
         step, rows = message.key[0], carried.rows.tolist()
-        before, gone = self._gone.get(key, (step, set()))
+        place = (*key, carried.stream)  # another stream may hold the same sample: that is another release
+        before, gone = self._gone.get(place, (step, set()))
         if before != step:
             gone = set()
         if len(gone) + len(rows) != len(gone := gone.union(rows)):
@@ -212,7 +221,7 @@ class Safeguards:
                 expected="every sample at most once in a step",
                 fix="nothing was sent; this is a fault of whoever called the guard",
             )
-        self._gone[key] = step, gone
+        self._gone[place] = step, gone
 
     def _accounts_of(self, demand: Demand) -> dict[Account, float | None]:
         """What one release on this lane is counted in: for inputs, for labels, as far as such are accounted for."""

@@ -444,24 +444,14 @@ def _curve(report: Report) -> Any:
     right.set_ylim(0, 1.1 * report.mean_mse)
     _threshold(right, report.mean_mse, "mean image: no activation")
     _threshold(right, report.class_mean_mse, "mean image of the digit")
-    _threshold(
-        right, AT_LEAST * report.summaries[0].decoder_mse, f"{AT_LEAST:g} times the error at alpha 0", side="right"
-    )
+    _threshold(right, AT_LEAST * report.summaries[0].decoder_mse, f"{AT_LEAST:g} times alpha 0")
     return figure
 
 
-def _threshold(axes: Any, height: float, text: str, *, side: str = "left") -> None:
+def _threshold(axes: Any, height: float, text: str) -> None:
     axes.axhline(height, color="#666666", linewidth=1, linestyle="--")
-    x = 0.01 if side == "left" else 0.99
-    axes.annotate(
-        text,
-        (x, height),
-        (0, 2),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha=side,
-        color="#444444",
-    )
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (0.01, height), (0, 2), color="#444444", **place)
 
 
 def _faces(report: Report, folder: Path) -> Any:

@@ -241,6 +241,8 @@ def test_a_clinic_that_runs_twice_or_is_started_anew(shell: Shell, pair: Path) -
     server, clinic = (join(shell, pair, name, "--out", out) for name in ("server", "clinic"))
     shell.hear("step", "clinic", "3")
     end = join(shell, pair, "clinic", "--out", out).end()
+    assert (end.code, "another run is writing its journal there" in end.stderr) == (2, True)  # by its own books already
+    end = join(shell, pair, "clinic", "--out", out, "--state", pair.parent / "elsewhere").end()
     assert end.code == 4
     assert restarted("server", end.stderr)
     assert "broke" not in server.err.text + clinic.err.text

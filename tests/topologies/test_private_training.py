@@ -208,8 +208,14 @@ def small(
     return folder
 
 
-def alone(folder: Path, *, clinics: int = 1, epochs: int = 2, clip: float | None = None) -> dict[str, nn.Module]:
-    """The two segments, trained in one process; what leaves the stem is clipped, and the gradient passes as it is."""
+def alone(
+    folder: Path, *, clinics: int = 1, epochs: int = 2, clip: float | None = None, dp_sgd: float | None = None
+) -> dict[str, nn.Module]:
+    """The two segments, trained in one process.
+
+    ``clip``: of what leaves the stem; the gradient passes as it is.  ``dp_sgd``: of what each sample's own loss adds to
+    the stem's gradient, sample by sample.
+    """
     parts: dict[str, nn.Module] = {}
     for name in ("stem", "trunk"):
         torch.manual_seed(exactness.seed_of("weights", 5, name))
@@ -223,10 +229,25 @@ def alone(folder: Path, *, clinics: int = 1, epochs: int = 2, clip: float | None
                 sent = output.detach() if clip is None else clip_rows(output.detach(), clip)
                 sent.requires_grad_()
                 functional.cross_entropy(parts["trunk"](sent), samples["y"][rows]).backward()  # type: ignore[no-untyped-call]
-                output.backward(sent.grad)
+                assert sent.grad is not None
+                if dp_sgd is None:
+                    output.backward(sent.grad)
+                else:
+                    clipped_backward(parts["stem"], output, sent.grad, dp_sgd)
                 optimizer.step()
                 optimizer.zero_grad()
     return parts
+
+
+def clipped_backward(stem: nn.Module, output: Tensor, gradient: Tensor, bound: float) -> None:
+    """The mean over samples of the gradients of their own losses, each clipped to ``bound``."""
+    weights, count = list(stem.parameters()), len(output)
+    for row in range(count):
+        found = torch.autograd.grad(output[row] @ gradient[row] * count, weights, retain_graph=True)
+        norm = torch.cat([one.flatten() for one in found]).norm()
+        for weight, one in zip(weights, found, strict=True):
+            share = one * (bound / norm).clamp(max=1.0) / count
+            weight.grad = share if weight.grad is None else weight.grad + share
 
 
 def trained(out: Path, place: str) -> dict[str, Tensor]:
@@ -343,6 +364,17 @@ def test_dp_sgd_without_noise_to_speak_of_is_plain_training_and_without_noise_at
     for (_, _, split), entry in entries.items():
         assert entry["epsilon"] is None
         assert entry["releases"] == 2, split
+
+
+def test_dp_sgd_clips_the_gradient_of_each_samples_own_loss(tmp_path: Path) -> None:
+    """Also in the last batch, which has half as many samples; almost without noise, so that it can be seen."""
+    folder = small(tmp_path / "graph", more=", dp_sgd: {clip: 0.5, noise_multiplier: 1.0e-6}")
+    simulate(folder, out=tmp_path / "out")
+    parts, free = alone(folder, dp_sgd=0.5), alone(folder)
+    for name, place in (("stem", "clinic-a/stem"), ("trunk", "server/trunk")):
+        found = trained(tmp_path / "out", place)
+        torch.testing.assert_close(found, dict(parts[name].state_dict()), rtol=0, atol=2e-5)
+        assert max(float((found[key] - bare).abs().max()) for key, bare in free[name].state_dict().items()) > 1e-3
 
 
 def test_a_gradient_that_is_not_finite_is_refused(tmp_path: Path) -> None:
