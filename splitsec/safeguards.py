@@ -95,16 +95,19 @@ class Safeguards:
 
     def accounts(self, *, training: bool, labels: bool) -> list[tuple[Account, float | None]]:
         """What one pass over the samples of a split costs: the accounts it spends once each, and their budgets."""
-        found: list[tuple[Account, float | None]] = []  # one account twice: two releases a pass
+        # By lane number: an edge to several members of a group has one, and a sample is in the stream of one of them.
+        found: dict[tuple[int, Account], float | None] = {}
         if training:
             for segment, private in self._private.items():
-                found += self._accounts_of_weights(segment, private.release, private.clip).items()
+                costs = self._accounts_of_weights(segment, private.release, private.clip)
+                found.update({(-1, account): budget for account, budget in costs.items()})
         for demand in self._demands.values():
             kind = demand.lane.kind
             if (kind == "gradient" and not training) or (kind == "labels" and not labels):
                 continue
-            found += self._accounts_of(demand).items()
-        return found
+            costs = self._accounts_of(demand)
+            found.update({(demand.lane.number, account): budget for account, budget in costs.items()})
+        return [(account, budget) for (_, account), budget in found.items()]
 
     def passes_left(self, split: str, *, training: bool, labels: bool, most: int, also: str | None = None) -> int:
         """How many more complete passes over ``split`` the budgets allow, at most ``most``.
