@@ -68,10 +68,10 @@ def nopeek_term(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     ``[n, ...]`` (raw inputs; no gradient flows into them) and ``a`` ``[n, ...]`` (what leaves).
 
     After Vepakomma, Singh, Gupta, Raskar 2020, "NoPeek: Information leakage reduction to share activations in
-    distributed deep learning", who take the plain estimator.  At the batch sizes of training that is mostly bias: its
-    gradient rewards whatever makes the bias small, e.g. activations of few dimensions.  The mean of R* over batches
-    is about the squared distance correlation of all data, at any batch size, and so its gradient points where it
-    should.  It may be negative; the optimum is at independence, not below, since no network can make it so on average.
+    distributed deep learning", who take the plain estimator.  At the batch sizes of training that is mostly bias, which
+    an activation of fewer dimensions makes smaller, whatever it says of the input, and what an alpha does then hangs on
+    the batch size.  The mean of R* over batches is about the squared distance correlation of all data at any batch
+    size.  It may be negative; the optimum is at independence, not below, since no network stays there on average.
 
     Gradients are finite everywhere; rows that are equal get none from each other.  With fewer than 4 rows, as in an
     epoch's last batch, nothing can be said, and the term is 0 with a gradient of 0.

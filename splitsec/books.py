@@ -75,13 +75,15 @@ def open_books(
                 "covers what they tell about the samples that trained them (docs/dp-sgd.md)"
             )
             report({"event": "warning", "text": text})
-    kept = wanted.journal or counted or policy is not None or any(one.policy for one in demands.values())
     folder = wanted.state or party_file.state_folder
+    # A ledger that is there counts what leaves in the clear, too: it is about all that left, in all runs.
+    counting = bool(counted) or wanted.journal or (folder / LEDGER_FILE).exists()
+    kept = counting or policy is not None or any(one.policy for one in demands.values())
     ledger, journal, datasets = None, None, {}
     try:
         if kept:
             journal = open_journal(folder, graph, party_file.party)
-        if counted:
+        if counting:
             ledger = Ledger(folder / LEDGER_FILE, party=party_file.party)
             limits = policy or OwnPrivacy()
             ledger.set_policy(delta=limits.delta, budget=limits.epsilon, label_budget=limits.label_epsilon)

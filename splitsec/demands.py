@@ -251,7 +251,11 @@ def _check_named(party_file: PartyFile, plan: Plan) -> None:
                     fix="put the two together",
                 )
     stages = [stage for stream in plan.streams for stage in stream.stages]
-    cuts = {(e.source, e.target) for stage in stages for e in (*stage.inputs, *stage.outputs) if not e.local}
+    sends = {
+        "forward": {(e.source, e.target) for stage in stages for e in stage.outputs if not e.local},
+        "backward": {(e.source, e.target) for stage in stages for e in stage.inputs if not e.local},
+    }
+    cuts = sends["forward"] | sends["backward"]
     labels = {edge.target for stream in plan.streams for edge in stream.gives_labels}
     for index, cut in enumerate(party_file.privacy.cuts):
         if (cut.source, cut.target) not in cuts:
@@ -264,6 +268,18 @@ def _check_named(party_file: PartyFile, plan: Plan) -> None:
                 expected="one of " + ", ".join(names) if names else "no `cuts`: this party has none",
                 fix=meant(f"{cut.source} -> {cut.target}", names) or "remove it",
             )
+        for way, done in (("forward", cut.forward), ("backward", cut.backward)):
+            if done is not None and (cut.source, cut.target) not in sends[way]:
+                other = "forward" if way == "backward" else "backward"
+                raise party_file.error(
+                    f"`{way}` at `{cut.source} -> {cut.target}`, over which this party sends nothing {way}",
+                    "privacy",
+                    "cuts",
+                    index,
+                    way,
+                    expected=f"`{other}` here: what this party itself sends",
+                    fix="remove it; the party at the other end decides what it sends, and the graph sets the floor",
+                )
     for index, one in enumerate(party_file.privacy.labels):
         if one.target not in labels:
             raise party_file.error(

@@ -261,6 +261,7 @@ class Party:
                     "data-protection officer, not a repair",
                 )
         if turns:
+            self.report({"event": "budget lasts", "turns": turns})
             self.report(
                 {
                     "event": "warning",
@@ -347,6 +348,13 @@ class Party:
                     party=self._holders(number)[0],
                     expected=f"{ {split: len(order) for split, order in rows.items()} }, as we hold ourselves",
                 )
+            for split, allowed in self.turns.items():
+                if self.counts[number].get(f"{split}_turns", allowed) > allowed:
+                    raise PeerMisbehaved(
+                        f"says that our {split} samples may be used in more turns than our budget allows",
+                        party=self._holders(number)[0],
+                        expected=f"at most {allowed}",
+                    )
         self.report({"event": "agreed", "counts": self.counts})
         if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
             raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
@@ -372,6 +380,12 @@ class Party:
     def _epochs(self) -> int:
         wanted = self.graph.training.epochs
         epochs = affordable_epochs(self.graph, self.counts, wanted)
+        if not epochs:
+            raise BudgetSpent(
+                "another party has no privacy budget left for any of its samples",
+                expected="budget for at least one epoch",
+                fix="nothing was trained; ask the others, or write `privacy: {when_spent: leave}` in the graph file",
+            )
         if epochs < wanted:
             self.report({"event": "budget spent", "epochs": epochs, "of": wanted})
         return epochs
@@ -404,7 +418,9 @@ class Party:
         )
         self.safeguards.expect(
             SPLIT[turn.phase],
-            [
+            list(orders.values())
+            if len(orders) < 2
+            else [
                 orders[micro.stream][micro.start : micro.start + micro.rows]
                 for step in steps_of(self.graph, turn, self.counts, number)
                 for micro in step.micro_batches

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -85,7 +86,7 @@ class Safeguards:
         if ledger is not None:
             limits = self._own.epsilon, self._own.label_epsilon
             self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
-        self._accounted = accounted(demands, self._private, self._learnt_from)
+        self._accounted: frozenset[Protects] = frozenset() if ledger is None else frozenset(("inputs", "labels"))
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
         self._gone: dict[tuple[str, int, int], tuple[int, set[int]]] = {}
         self._sums: dict[str, dict[str, list[float]]] = {}
@@ -125,7 +126,14 @@ class Safeguards:
             if budget is not None:
                 by_budget[account.protects, budget].append(account)
         for (_, budget), ours in by_budget.items():
-            most = self._ledger.passes_left(slots, ours, budget=budget, delta=self._own.delta, most=most)
+            try:
+                most = self._ledger.passes_left(slots, ours, budget=budget, delta=self._own.delta, most=most)
+            except below.PrivacyError as error:
+                raise LedgerError(
+                    f"what a pass over the {split} samples costs cannot be told: {error}",
+                    expected="mechanisms whose costs can be added up",
+                    fix="follow the message; nothing was sent",
+                ) from error
         return most
 
     def expect(self, split: str, batches: Sequence[torch.Tensor]) -> None:
@@ -144,6 +152,12 @@ class Safeguards:
         if demand is None or not message.tensors:
             return message
         ((name, tensor),) = message.tensors.items()
+        if self._ledger is not None and demand.carries & self._accounted and not self._knows(carried):
+            raise EgressRefused(
+                f"{demand.lane.kind} of {demand.lane.name} to {demand.lane.peer}: of samples that are not known",
+                expected="samples that the ledger knows",
+                fix="nothing was sent; this is a fault of whoever called the guard",
+            )
         if carried is not None and not demand.raw and "inputs" in demand.carries:
             _refuse_copies(demand.lane, tensor, carried)
         if carried is not None:
@@ -156,7 +170,7 @@ class Safeguards:
 
     def spend_on_weights(self, segment: str, private: PrivateTraining, carried: Carried) -> None:
         """Account for one use of ``carried``'s samples in the weights of ``segment``.  Raises ``BudgetSpent``."""
-        if self._ledger is None or carried.split not in self._datasets:
+        if self._ledger is None or not self._knows(carried):
             return
         slots = self._datasets[carried.split].slots[carried.rows.numpy()]
         for account in self._accounts_of_weights(segment, private.release, private.clip):
@@ -179,7 +193,7 @@ class Safeguards:
             shapes=[list(tensor.shape) for tensor in message.tensors.values()],
             dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in message.tensors.values()],
             records=0 if carried is None or not message.tensors else len(carried.rows),
-            privacy=None if demand is None or demand.policy is None or not message.tensors else str(demand),
+            privacy=self._told(lane, demand) if message.tensors else None,
             body=parts,
         )
 
@@ -202,14 +216,26 @@ class Safeguards:
 
     def close(self) -> None:
         """Give back what was reserved and never released, and close ledger and journal.  The door is closed already."""
-        if self._meter is not None:
-            self._meter.close(orderly=True)
-        if self._ledger is not None:
-            self._ledger.close()
-        if self._journal is not None:
-            self._journal.close()
+        with ExitStack() as closing:
+            if self._journal is not None:
+                closing.callback(self._journal.close)
+            if self._ledger is not None:
+                closing.callback(self._ledger.close)
+            if self._meter is not None:
+                with suppress(below.PrivacyError):  # then it stays spent
+                    self._meter.close(orderly=True)
 
     # --- its parts
+
+    def _told(self, lane: Lane, demand: Demand | None) -> str | None:
+        """What was done to a message's tensors, in words."""
+        if lane.kind == "weights" and lane.name in self._private:
+            private = self._private[lane.name]
+            return f"dp_sgd: clip {private.clip:g}, gaussian {private.noise_multiplier:g}"
+        return None if demand is None or demand.policy is None else str(demand)
+
+    def _knows(self, carried: Carried | None) -> bool:
+        return carried is not None and carried.split in self._datasets
 
     def _once(self, key: tuple[str, int], demand: Demand, message: Message, carried: Carried) -> None:
         """Raise ``EgressRefused`` if one of the samples left on this lane in this step already."""
@@ -249,7 +275,7 @@ class Safeguards:
         }
 
     def _spend(self, demand: Demand, carried: Carried) -> None:
-        if self._meter is None or carried.split not in self._datasets:
+        if self._meter is None or not self._knows(carried):
             return
         slots = self._datasets[carried.split].slots[carried.rows.numpy()]
         for account in self._accounts_of(demand):
@@ -305,7 +331,13 @@ class Safeguards:
         raw = [field[carried.rows].flatten(1).to(torch.float64) for field in carried.inputs.values()]
         if not raw:
             return
-        values = measure(torch.cat(raw, 1), sent)
+        try:
+            values = measure(torch.cat(raw, 1), sent)
+        except below.PrivacyError as error:
+            if demand.lane.name not in self._warned:
+                self._warned.add(demand.lane.name)
+                self._warn(f"the leakage of {demand.lane.name} cannot be measured: {error}")
+            return
         kept = self._sums.setdefault(demand.lane.name, defaultdict(list))
         for name, value in values.items():
             kept[name].append(value)

@@ -152,7 +152,7 @@ def sample_keys(samples: Samples, inputs: Collection[str] = ()) -> list[bytes]:
     them under a key of its own only.
     """
     if samples.ids is not None:
-        return [hashlib.sha256(b"id/" + sample_id.encode()).digest() for sample_id in samples.ids]
+        return [hashlib.sha256(b"id/" + one.encode("utf-8", "surrogatepass")).digest() for one in samples.ids]
     if not samples.count:
         return []
     fields = {name: tensor for name, tensor in samples.fields.items() if not inputs or name in inputs}

@@ -59,6 +59,8 @@ class Result:
     cuts: tuple[Mapping[str, Any], ...]
     predicted: Mapping[str, int] = field(default_factory=dict)
     out: str | None = None
+    short_of_budget: tuple[str, ...] = ()
+    """Parties whose privacy budget does not last for all epochs."""
     epochs_wanted: int | None = None
     """How many the graph asked for, where a privacy budget did not last for them."""
     leakage: tuple[Mapping[str, Any], ...] = ()
@@ -77,6 +79,7 @@ class Result:
             "cuts": list(self.cuts),
             **({"predicted": dict(self.predicted)} if self.predicted else {}),
             **({"out": self.out} if self.out else {}),
+            **({"short_of_budget": list(self.short_of_budget)} if self.short_of_budget else {}),
             **({"ended_by_budget": {"epochs": self.epochs, "of": self.epochs_wanted}} if self.epochs_wanted else {}),
             **({"leakage": list(self.leakage)} if self.leakage else {}),
         }
@@ -510,6 +513,9 @@ def _summed(processes: _Processes, began: float, out: str | Path | None) -> Resu
         parties=tuple(graph.parties),
         epochs=graph.training.epochs if training else 0,
         epochs_wanted=wanted,
+        short_of_budget=tuple(
+            name for name, told in processes.events.items() if any(e["event"] == "budget lasts" for e in told)
+        ),
         leakage=tuple(leakage),
         steps=_updates(graph, counts) if training else 0,
         wall_seconds=time.monotonic() - began,

@@ -87,12 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _safeguards(folder: Folder) -> list[dict[str, Any]]:
     """What each party does to what it sends in a step, and which of its own data that carries."""
-    from splitsec.demands import check_demands, demands_of
+    from splitsec.demands import check_demands, demands_of, learnt_from
     from splitsec.plan import make_plan
 
     found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for name, party_file in folder.parties.items():
-        demands = demands_of(folder.graph, party_file, make_plan(folder.graph, name))
+        plan = make_plan(folder.graph, name)
+        demands = demands_of(folder.graph, party_file, plan)
         check_demands(party_file, demands)
         for demand in demands.values():
             lane = demand.lane
@@ -104,6 +105,19 @@ def _safeguards(folder: Folder) -> list[dict[str, Any]]:
                 "carries": sorted(demand.carries),
                 "policy": None if demand.policy is None else str(demand.policy),
             }
+        for lane in plan.lanes_out.values():
+            if lane.kind == "weights":
+                private = party_file.segments[lane.name].dp_sgd
+                found[name, lane.peer, lane.kind, lane.name] = {
+                    "party": name,
+                    "to": lane.peer,
+                    "kind": lane.kind,
+                    "of": lane.name,
+                    "carries": sorted(learnt_from(plan).get(lane.name, ())),
+                    "policy": None
+                    if private is None
+                    else f"dp_sgd: clip {private.clip:g}, gaussian {private.noise_multiplier:g}",
+                }
     return list(found.values())
 
 

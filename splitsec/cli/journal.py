@@ -129,7 +129,7 @@ def _privacy(value: object) -> str:
 
 def _verify(files: list[Path], arguments: argparse.Namespace) -> int:
     from splitsec.errors import UserError
-    from splitsec.journal import verify
+    from splitsec.journal import Finding, verify
 
     head = arguments.head
     if head is not None:
@@ -144,6 +144,10 @@ def _verify(files: list[Path], arguments: argparse.Namespace) -> int:
                 f"--head with {len(files)} journals", expected="one journal", fix="name the file that the hash is of"
             )
     reports = [(file, *_last(file), verify(file, head)) for file in files]
+    for gone in _gone(Path(arguments.path), files):
+        reports.append(
+            (gone, 0, None, [Finding(None, None, "the journal is gone, and its head file or ledger is there")])
+        )
     if arguments.json:
         document = [
             {
@@ -164,6 +168,19 @@ def _verify(files: list[Path], arguments: argparse.Namespace) -> int:
             for one in findings:
                 print(f"{file}: {one.what}")
     return 3 if any(findings for *_, findings in reports) else 0
+
+
+def _gone(place: Path, files: list[Path]) -> list[Path]:
+    """Journals that are not there, beside books that are, in the folders that were looked through."""
+    from splitsec.journal import HEAD_SUFFIX
+
+    folders = {file.parent.parent for file in files} if place.is_dir() else set()
+    missing = []
+    for folder in sorted({party for around in folders for party in around.iterdir() if party.is_dir()}):
+        left = (folder / f"{FILE}{HEAD_SUFFIX}").exists() or (folder / "ledger.sqlite").exists()
+        if left and not (folder / FILE).exists():
+            missing.append(folder / FILE)
+    return missing
 
 
 def _last(file: Path) -> tuple[int, str | None]:

@@ -28,11 +28,15 @@ set, with the largest epsilon of any sample.  Also while a party runs; nothing i
   splitsec ledger state/clinic/ledger.sqlite --json     one file, as JSON
 """
 
+CLEAR = "in_the_clear"
+CLEAR_KEYS = ("party", "cut", "dataset", "protects", "releases", "samples")
+
 COLUMNS = """\
 The columns: releases, the most of any sample, with what was reserved and not used before a crash; epsilon, over
 everything that carried the same sample and protects the same thing (inputs, or labels), so lines of two cuts show one
-value, not two to be added; alone, what this line would cost without the others.  In JSON, `null` stands for an epsilon
-that nothing bounds, for no budget, and for what a mechanism does not have.
+value, not two to be added; alone, what this line would cost without the others.  What left without noise stands
+apart (in JSON `in_the_clear`), and makes the epsilon of what it carried unbounded.  In JSON, `null` stands for an
+epsilon that nothing bounds, for no budget, and for what a mechanism does not have.
 """
 
 
@@ -64,11 +68,25 @@ def run(arguments: argparse.Namespace) -> int:
     entries: list[Entry] = []
     for file in files_at(place, FILE, what="ledger", how="a run whose graph or party file asks for privacy keeps one"):
         entries += _statement(file, arguments.delta)
+    clear = [entry for entry in entries if entry.mechanism == CLEAR]
+    entries = [entry for entry in entries if entry.mechanism != CLEAR]
     if arguments.json:
-        print(json.dumps({"entries": [_as_json(entry) for entry in entries]}, indent=2, allow_nan=False))
-    elif entries:
+        document = {
+            "entries": [_as_json(entry) for entry in entries],
+            "in_the_clear": [
+                {name: value for name, value in _as_json(entry).items() if name in CLEAR_KEYS} for entry in clear
+            ],
+        }
+        print(json.dumps(document, indent=2, allow_nan=False))
+        return 0
+    if entries:
         _print(entries)
-    else:
+    for entry in clear:
+        print(
+            f"in the clear: {entry.party}, {entry.cut}, {entry.dataset}: {entry.protects} of {entry.samples:,} "
+            f"samples, {entry.releases:,} times"
+        )
+    if not entries and not clear:
         print("nothing was released that a ledger counts")
     return 0
 

@@ -162,10 +162,12 @@ def print_result(result: Result) -> None:
             _bytes(row["bytes"]),
         )
     console.print(crossed)
-    if result.epochs_wanted:
+    if result.short_of_budget:
+        whose = " and ".join(result.short_of_budget)
         console.print(
-            f"ended after {result.epochs} of {result.epochs_wanted} epochs: a party's privacy budget is spent "
-            "(`splitsec ledger` shows whose)"
+            f"ended after {result.epochs} of {result.epochs_wanted} epochs: the privacy budget of {whose} is spent"
+            if result.epochs_wanted
+            else f"went on without samples of {whose} once the privacy budget there was spent"
         )
     for segment, rows in result.predicted.items():
         console.print(f"predicted {rows:,} samples with {segment}")

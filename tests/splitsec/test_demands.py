@@ -324,7 +324,8 @@ def test_a_stricter_policy_of_its_own_wins(tmp_path: Path) -> None:
 
 def test_a_policy_is_for_its_own_direction_alone(tmp_path: Path) -> None:
     only_back = own(tmp_path, f"cuts: [{TO_TRUNK}backward: {{clip: 0.1}}}}]")
-    assert policies(only_back) == FLOOR
+    with pytest.raises(PartyFileError, match="over which this party sends nothing backward"):
+        policies(only_back)
     server = own(
         tmp_path, f"cuts: [{TO_TRUNK}backward: {{clip: 0.1, noise: gaussian, noise_multiplier: 1.0}}}}]", party="server"
     )
