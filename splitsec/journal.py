@@ -43,7 +43,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from splitsec.errors import UserError
+from splitsec.errors import LedgerError
 
 __all__ = ["HEAD_SUFFIX", "Entry", "Finding", "Journal", "Marks", "read", "verify"]
 
@@ -98,7 +98,7 @@ class Marks(NamedTuple):
 class Journal:
     """Appends to the journal in ``file``, which is made where there is none (mode 0600).  One process at a time.
 
-    ``graph_digest``: hex of the graph's digest; ``version``: of this software.  Raises ``UserError`` where the file is
+    ``graph_digest``: hex of the graph's digest; ``version``: of this software.  Raises ``LedgerError`` where the file is
     something else, another party's, in use, or has lost entries.
     """
 
@@ -165,7 +165,7 @@ class Journal:
 
         ``body``: the buffers that will be sent, in order (C-contiguous; hashed where they lie).  ``records``: how many
         samples they are about.  ``privacy``: what was done to them, e.g. ``"clip 1, gaussian 2"``.
-        Raises ``UserError``, with nothing written, where the disk takes no more.
+        Raises ``LedgerError``, with nothing written, where the disk takes no more.
         """
         digest, size = sha256(), 0
         for part in body:
@@ -275,7 +275,7 @@ def _opened(file: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(
+        raise LedgerError(
             f"{file}: another run is writing its journal there",
             expected="one run of a party at a time",
             fix="wait until the other run is over, or stop it",
@@ -302,7 +302,7 @@ def _continued(journal: int, file: Path, party: str) -> tuple[tuple[int, str], M
     size = os.fstat(journal).st_size
     beginning = os.pread(journal, len(BEGINNING), 0)
     if not BEGINNING.startswith(beginning):
-        raise UserError(
+        raise LedgerError(
             f"{file}: there is a file already, and it is no journal; nothing was written",
             expected="a free name, or this party's journal",
             fix="move it away",
@@ -316,7 +316,7 @@ def _continued(journal: int, file: Path, party: str) -> tuple[tuple[int, str], M
         if first is None or end is None:
             raise _spoilt(file, f"its {'first' if first is None else 'last'} entry is not as it was written")
         if first.get("party") != party:
-            raise UserError(
+            raise LedgerError(
                 f"{file}: the journal of {first.get('party')}, and this is {party}",
                 expected="one journal for each party",
                 fix="name another file, or run as that party",
@@ -350,8 +350,8 @@ def _last_line(journal: int, whole: int) -> bytes:
     return os.pread(journal, whole - start, start)[:-1].rsplit(b"\n", 1)[-1]
 
 
-def _spoilt(file: Path, seen: str) -> UserError:
-    return UserError(
+def _spoilt(file: Path, seen: str) -> LedgerError:
+    return LedgerError(
         f"{file}: this journal cannot be continued: {seen}",
         expected="a journal that nobody has changed",
         fix=f"run `splitsec journal verify {file}`; then move it and its {HEAD_SUFFIX} file away, to keep, and begin a "
@@ -359,8 +359,8 @@ def _spoilt(file: Path, seen: str) -> UserError:
     )
 
 
-def _unwritable(file: Path, why: str) -> UserError:
-    return UserError(
+def _unwritable(file: Path, why: str) -> LedgerError:
+    return LedgerError(
         f"{file}: no journal can be written there: {why}; nothing was sent",
         expected="a file that you may write, and room on the disk",
         fix="make room, or give this party another folder for its state",
@@ -383,7 +383,7 @@ def _head_of(file: Path) -> Path:
 
 
 def _read_head(file: Path) -> Marks | None:
-    """What the head file says; None where there is none, or it is empty.  Raises ``UserError``."""
+    """What the head file says; None where there is none, or it is empty.  Raises ``LedgerError``."""
     try:
         contents = file.read_bytes()
     except FileNotFoundError:
@@ -402,8 +402,8 @@ def _read_head(file: Path) -> Marks | None:
     raise _unreadable(file, "it is no head file of a journal, or was changed")
 
 
-def _unreadable(file: Path, why: str) -> UserError:
-    return UserError(f"{file}: cannot be read: {why}", expected="a journal of splitsec", fix="check the path")
+def _unreadable(file: Path, why: str) -> LedgerError:
+    return LedgerError(f"{file}: cannot be read: {why}", expected="a journal of splitsec", fix="check the path")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -454,7 +454,7 @@ def _readable(file: Path) -> BinaryIO:
 def read(file: str | os.PathLike[str]) -> Iterator[Entry]:
     """Every entry, in order, also while a run appends; a torn last line is left out.
 
-    Raises ``UserError`` at a line that is not as it was written.  Whether the lines belong together: ``verify``.
+    Raises ``LedgerError`` at a line that is not as it was written.  Whether the lines belong together: ``verify``.
     """
     place = Path(file)
     with _readable(place) as stream:
@@ -463,7 +463,7 @@ def read(file: str | os.PathLike[str]) -> Iterator[Entry]:
                 return
             values = _parsed(contents)
             if values is None or not isinstance(values.get("time"), str) or not isinstance(values.get("kind"), str):
-                raise UserError(
+                raise LedgerError(
                     f"{place}:{line}: not an entry as a run wrote it",
                     expected="a journal that nobody has changed",
                     fix=f"run `splitsec journal verify {place}`",
@@ -491,7 +491,7 @@ def verify(file: str | os.PathLike[str], head: str | None = None) -> list[Findin
     """What was changed in a journal since it was written; nothing where it is as it was.
 
     ``head``: the hash (hex) of an entry, kept elsewhere, that the journal must lead to.  The head file beside the
-    journal is always asked.  Raises ``UserError`` where there is no file, or one that cannot be read.
+    journal is always asked.  Raises ``LedgerError`` where there is no file, or one that cannot be read.
     """
     place = Path(file)
     findings: list[Finding] = []
@@ -499,7 +499,7 @@ def verify(file: str | os.PathLike[str], head: str | None = None) -> list[Findin
         marks = _read_head(_head_of(place))
         if marks is None:
             findings.append(Finding(None, None, f"the head file {_head_of(place).name} is missing or empty"))
-    except UserError as error:
+    except LedgerError as error:
         marks = None
         findings.append(Finding(None, None, f"the head file {_head_of(place).name} cannot be used: {error.seen}"))
     lines, torn = _read_lines(place)
