@@ -34,6 +34,8 @@ ratios, not milliseconds: machines differ and are shared.
   splitsec bench step --network mlp --rounds 15 --threads 1
   splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
   splitsec bench channel --json
+  splitsec bench epsilon --picture epsilon.png
+  splitsec bench nopeek --pictures out --minimise plain --alphas 2,8 --seeds 1 --bottleneck 256
 
 `splitsec bench step --help` and `splitsec bench channel --help` say what the options mean.
 """

@@ -246,7 +246,8 @@ class Books:
         held = 0
         if accounts.exists():
             book = ledger.read(accounts)
-            held = sum(int(book.releases(account).astype(np.int64).sum()) for account in book.accounts)
+            ours = [account for account in book.accounts if account.protects == "inputs"]  # labels leave in the clear
+            held = sum(int(book.releases(account).astype(np.int64).sum()) for account in ours)
         sent: list[int] = []
         if entries.exists():
             findings = [one.what for one in journal.verify(entries)]
