@@ -98,8 +98,8 @@ class Marks(NamedTuple):
 class Journal:
     """Appends to the journal in ``file``, which is made where there is none (mode 0600).  One process at a time.
 
-    ``graph_digest``: hex of the graph's digest; ``version``: of this software.  Raises ``LedgerError`` where the file is
-    something else, another party's, in use, or has lost entries.
+    ``graph_digest``: hex of the graph's digest; ``version``: of this software.  Raises ``LedgerError`` where the file
+    is something else, another party's, in use, or has lost entries.
     """
 
     def __init__(self, file: str | os.PathLike[str], *, party: str, graph_digest: str, version: str) -> None:

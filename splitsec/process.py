@@ -188,8 +188,8 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
             weights=None if job["weights"] is None else Path(job["weights"]),
             split=job["split"],
             trace=None if job["trace"] is None else Path(job["trace"]) / f"{party_file.party}{SUFFIX}",
-            state=None if job["state"] is None else Path(job["state"]) / party_file.party,
-            journal=job["state"] is not None,
+            state=None if job.get("state") is None else Path(job["state"]) / party_file.party,
+            journal=job.get("state") is not None,
         ),
         report=tell,
     )

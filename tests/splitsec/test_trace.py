@@ -744,7 +744,8 @@ def test_a_trace_agrees_with_what_the_parties_report(tmp_path: Path, monkeypatch
     for file in files:
         lines = lines_of(file)[1:]
         assert [line["event"] for line in lines[:2]] == ["opened", "opened"]
-        assert [line["event"] for line in lines[-3:]] == ["closed", "closed", "over"]
+        said = [line["event"] for line in lines if "event" in line]  # one may leave while another still says goodbye
+        assert said[-3:] == ["closed", "closed", "over"] and lines[-1]["event"] == "over"
         assert lines[-1]["messages"] == sum("dir" in line for line in lines)
         times = [line["t"] for line in lines]
         assert times == sorted(times) and times[-1] <= result.wall_seconds
