@@ -34,7 +34,7 @@ from splitsec.privacy.release import InTheClear, Mechanism
 
 __all__ = ["Carried", "Safeguards", "accounted"]
 
-LEAST_ROWS: Final = 16
+LEAST_ROWS: Final = 8
 """Samples below which leakage is not measured: the estimators say nothing there."""
 
 
