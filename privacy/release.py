@@ -22,11 +22,8 @@ def _positive(value: float, name: str) -> None:
 
 
 @dataclass(frozen=True, order=True)
-class Gaussian:
-    """Gaussian noise of standard deviation ``noise_multiplier * sensitivity`` on each of ``coordinates`` numbers.
-
-    The sensitivity is 2C in L2: any two values of one sample, each clipped to norm C.
-    """
+class _Noise:
+    """Noise on each of ``coordinates`` numbers, of a scale that is ``noise_multiplier`` times the sensitivity."""
 
     noise_multiplier: float
     coordinates: int
@@ -37,15 +34,16 @@ class Gaussian:
 
 
 @dataclass(frozen=True, order=True)
-class Laplace:
-    """Laplace noise of scale ``noise_multiplier * sensitivity``; the sensitivity is 2C in L1."""
+class Gaussian(_Noise):
+    """Gaussian noise; its scale is the standard deviation.
 
-    noise_multiplier: float
-    coordinates: int
+    The sensitivity is 2C in L2: any two values of one sample, each clipped to norm C.
+    """
 
-    def __post_init__(self) -> None:
-        _positive(self.noise_multiplier, "noise_multiplier")
-        _positive(self.coordinates, "coordinates")
+
+@dataclass(frozen=True, order=True)
+class Laplace(_Noise):
+    """Laplace noise; the sensitivity is 2C in L1."""
 
 
 @dataclass(frozen=True, order=True)

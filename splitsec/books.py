@@ -119,7 +119,7 @@ def open_books(
 
 
 def open_journal(folder: Path, graph: Graph, party: str) -> Journal:
-    """The journal of ``party`` in its state folder, which is made where there is none.  Raises ``UserError``."""
+    """The journal of ``party`` in its state folder, which is made where there is none.  Raises ``LedgerError``."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Journal(folder / JOURNAL_FILE, party=party, graph_digest=digest(graph).hex(), version=__version__)
 

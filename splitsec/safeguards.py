@@ -179,7 +179,7 @@ class Safeguards:
     def record(
         self, lane: Lane, message: Message, parts: Sequence[bytes | memoryview], carried: Carried | None
     ) -> None:
-        """Write down what is about to leave: ``parts`` are its header and body.  Raises ``UserError``."""
+        """Write down what is about to leave: ``parts`` are its header and body.  Raises ``LedgerError``."""
         if self._journal is None:
             return
         demand = self._demands.get((lane.peer, lane.number))
