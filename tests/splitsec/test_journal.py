@@ -640,3 +640,14 @@ def test_entries_behind_the_head_and_an_emptied_journal(file: Path) -> None:
     head_file(file).write_bytes(b"")
     assert sentences(file) == []
     assert sentences(file, kept)[-1].startswith(f"no entry has the hash {kept[:16]}")
+
+
+def test_a_journal_that_is_gone_is_missed(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(written.parents[1] / "server" / "journal.jsonl", "server") as journal:
+        put(journal, 5)
+    root = written.parents[2]
+    assert command(cli_journal, "verify", root) == 0
+    written.unlink()
+    capsys.readouterr()
+    assert command(cli_journal, "verify", root) == 3
+    assert f"{written}: the journal is gone" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from splitsec.errors import EgressRefused, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable, UserError
 from splitsec.graph import Graph, parse_graph
 from splitsec.identity import public_of, public_text
+from splitsec.journal import read, verify
 from splitsec.messages import Message
 from splitsec.messaging import Line, open_line
 from tests.conftest import PATIENCE, free_port
@@ -241,3 +243,20 @@ def test_two_processes() -> None:
             assert other.wait(PATIENCE) == 0
         finally:
             other.kill()
+
+
+def test_what_is_sent_is_in_the_journal_where_one_is_kept(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    two = Two()
+
+    def send() -> None:
+        with open_line(two.graph, "clinic", private_key=two.keys["clinic"], state=tmp_path / "clinic") as line:
+            line.send("histogram", torch.ones(2, 16))
+
+    sent = pool.submit(send)
+    with two.open("server") as line:
+        assert torch.equal(line.receive("histogram"), torch.ones(2, 16))
+    sent.result(PATIENCE)
+    journal = tmp_path / "clinic" / "journal.jsonl"
+    _, entry = read(journal)
+    assert (entry.values["cut"], entry.values["to"], entry.values["shapes"]) == ("histogram", "server", [[2, 16]])
+    assert verify(journal) == []

@@ -856,3 +856,15 @@ def test_labels_alone_make_a_sample_where_there_is_nothing_else() -> None:
     registry = Samples({"y": torch.tensor([0, 1, 1])}, None, 3)
     keys = sample_keys(registry, frozenset())
     assert keys[1] == keys[2] != keys[0]
+
+
+def test_what_carries_samples_that_are_not_named_does_not_leave(doors: Callable[..., Door]) -> None:
+    """It could not be counted."""
+    door = doors(vanilla())
+    lane = next(key for key, lane in door.plan.lanes_out.items() if lane.kind == "activation")
+    nobodys = Carried("elsewhere", torch.tensor(ROWS), {}, training=True)
+    for step, carried in enumerate((None, nobodys)):
+        message = Message("activation", (step, 0), tensors={"": activation()})
+        with pytest.raises(EgressRefused, match="of samples that are not known"):
+            door.guard.release(lane, message, carried)
+    assert (door.counts(), door.thread.sent) == ({}, [])
