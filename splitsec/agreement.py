@@ -6,13 +6,17 @@ Here: three short conversations through the guard.  Not here: fingerprints and r
 Order: for each stream the first party that holds samples (the leader) sends keyed fingerprints of its ids to every
 other holder, end to end; the answer says whether they fit.  Numbers: the leader says how many samples each split has,
 and every party passes that on to its neighbours, so that all can work out the same schedule.  The last word: every
-party says that it is done, and stays (it may be forwarding) until it has heard so from all.
+party says that it is done, and stays until it has heard so from all.
+
+An anonymous group does the same among its members first: each says what it holds, and all use what all have.  One of
+them then says the numbers outside, one says the last word, and what parties outside say comes to the others by way of
+that one.  Where the word goes from one to another and no weights go with it, the one tells the other.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +28,9 @@ from splitsec.guard import Guard
 from splitsec.messages import Message
 from splitsec.plan import CONTROL, ORDER, taking_part
 from splitsec.samples import FINGERPRINT, Mismatch, Samples, fingerprints, match
+from splitsec.turns import DRAWN
 
-__all__ = ["Gossip", "agree_on_order"]
+__all__ = ["SPLITS", "Gossip", "agree_on_order", "in_common"]
 
 SPLITS = ("train", "test", "predict")
 TURNS = ("train_turns", "test_turns")
@@ -188,57 +193,149 @@ def _ids(samples: Samples, split: str) -> tuple[str, ...]:
     return samples.ids
 
 
+def in_common(holdings: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """What each member of an anonymous group uses, that none may be known by its number: the least of all."""
+    least = {split: min(one[split] for one in holdings) for split in SPLITS}
+    for turns, split in zip(TURNS, SPLITS, strict=False):
+        limits = [one[turns] for one in holdings if turns in one]
+        if limits and least[split]:
+            least[turns] = min(limits)
+    return least
+
+
 class Gossip:
-    """What every party says to its neighbours, who pass it on: how many samples there are, and who is done."""
+    """What every party says to its neighbours, who pass it on: how many samples there are, and who is done.
+
+    Members of an anonymous group and the parties outside it are neighbours only once a member has said the last word
+    of all members there, in the group's name: so nothing that names a member leaves the group, and what is said to the
+    group reaches who speaks for it.
+    """
 
     def __init__(self, graph: Graph, party: str, guard: Guard, neighbours: tuple[str, ...]) -> None:
+        """``neighbours``: with whom there is a control lane."""
+        group = graph.anonymous
+        members = frozenset() if group is None else frozenset(graph.members(group))
         self._guard = guard
         self._party = party
-        self._neighbours = neighbours
+        self._heard = neighbours
+        self._group = group
+        self._inside = members if party in members else frozenset()
+        self._crowd = group if group in neighbours else None
+        self._neighbours = {one for one in neighbours if one != group and (one in members or not self._inside)}
         self._streams = graph.streams
-        self._everyone = taking_part(graph)
-        self._counts: dict[int, dict[str, int]] = {}
+        self._everyone = set(taking_part(graph))
+        if group is not None and not self._inside:
+            self._everyone = self._everyone - members | {group}
+        self._counts: dict[int, dict[str, Any]] = {}
+        self._begun = -1
+        self._given: set[tuple[str, int]] = set()
         self._done: set[str] = set()
 
-    def agree_on_counts(self, own: Mapping[int, Mapping[str, int]]) -> list[dict[str, int]]:
+    def agree_on_counts(self, own: Mapping[int, Mapping[str, Any]]) -> list[dict[str, int]]:
         """How many samples each stream has in each split.  ``own``: what this party, as their leader, knows already."""
         for stream, counts in own.items():
             self._learn_counts(stream, dict(counts), self._party)
         self._listen(lambda: len(self._counts) == self._streams)
         return [self._counts[stream] for stream in range(self._streams)]
 
-    def stay_until_all_are_done(self) -> None:
-        """Say that this party is done, and return when every party has said so."""
+    def agree_inside(
+        self, member: int, own: Mapping[str, int], drawn: bytes
+    ) -> tuple[list[dict[str, int]], list[bytes]]:
+        """What each member of our anonymous group holds, and what it drew at random.  ``own``, ``drawn``: ours, as
+        member number ``member``.
+        """
+        told: list[dict[str, Any]] = [*map(dict, self.agree_on_counts({member: {**own, "drawn": drawn}}))]
+        all_drawn = [one.pop("drawn") for one in told]
+        return told, all_drawn
+
+    def tell(self, counts: Sequence[Mapping[str, int]], outside: Iterable[str]) -> None:
+        """Say to each of ``outside`` how many samples the streams of our anonymous group have."""
+        for party in sorted(outside):
+            for stream, numbers in enumerate(counts):
+                self._say(party, {"say": "counts", "stream": stream, **numbers})
+
+    def begin_turn(self, step: int, outside: Iterable[str]) -> None:
+        """Tell each of ``outside`` that a turn of our anonymous group begins, with ``step``: what they answer comes to
+        whoever spoke last.
+        """
+        for party in sorted(outside):
+            self._say(party, {"say": "turn", "step": step})
+
+    def hear_the_group(self, step: int) -> None:
+        """Wait until the anonymous group, if we talk to one, begins the turn whose first step is ``step``."""
+        if self._crowd is not None:
+            self._listen(lambda: self._begun >= step)
+            if self._begun != step:
+                raise PeerMisbehaved(
+                    f"began a turn with step {self._begun}", party=self._crowd, expected=f"step {step}"
+                )
+
+    def give_the_word(self, member: str, epoch: int) -> None:
+        """Tell ``member`` of our anonymous group, who speaks first in ``epoch``, that the epoch before is over."""
+        self._say(member, {"say": "your turn", "epoch": epoch})
+
+    def take_the_word(self, member: str, epoch: int) -> None:
+        """Wait until ``member`` has said so to us."""
+        self._listen(lambda: (member, epoch) in self._given)
+
+    def stay_until_all_are_done(self, outside: Collection[str] = ()) -> None:
+        """Say that this party is done, and return when every party has said so.
+
+        ``outside``: the parties to whom this one says the last word of its anonymous group.
+        """
         self._learn_done(self._party, self._party)
+        if outside:
+            self._listen(lambda: self._done >= self._inside)
+            for party in sorted(outside):
+                self._say(party, {"say": "done", "party": self._group})
+            self._neighbours.update(outside)
         self._listen(lambda: self._done >= self._everyone)
 
     def _listen(self, enough: Callable[[], bool]) -> None:
         while not enough():
-            waiting = [n for n in self._neighbours if self._guard.peek((n, CONTROL)) is not None]
+            waiting = [n for n in self._heard if self._guard.peek((n, CONTROL)) is not None]
             for neighbour in waiting:
                 self._hear(self._guard.take((neighbour, CONTROL)).facts, neighbour)
             if not waiting:
-                self._guard.wait(on=self._neighbours)
+                self._guard.wait(on=self._heard)
 
     def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
+        from_outside = bool(self._inside) and said_by not in self._inside
         match dict(facts):
             case {"say": "counts", "stream": int() as stream, **counts} if (
-                type(stream) is int and 0 <= stream < self._streams
+                type(stream) is int and 0 <= stream < self._streams and not from_outside
             ):
+                drawn = counts.pop("drawn", None)
                 numbers = {
                     name: n
                     for name, n in counts.items()
                     if name in (*SPLITS, *TURNS) and type(n) is int and 0 <= n < 2**31
                 }
                 if len(numbers) == len(counts) and numbers.keys() >= set(SPLITS):
-                    return self._learn_counts(stream, numbers, said_by)
-            case {"say": "done", "party": str() as name} if name in self._everyone:
+                    if not self._inside and drawn is None:
+                        return self._learn_counts(stream, numbers, said_by)
+                    if self._inside and isinstance(drawn, bytes) and len(drawn) == DRAWN:
+                        return self._learn_counts(stream, {**numbers, "drawn": drawn}, said_by)
+            case {"say": "turn", "step": int() as step} if said_by == self._crowd:
+                self._begun = step
+                return None
+            case {"say": "your turn", "epoch": int() as epoch} if said_by in self._inside:
+                return self._given.add((said_by, epoch))
+            case {"say": "done", "party": str() as name} if name in self._everyone and not (
+                from_outside and name in self._inside
+            ):
+                if name == self._crowd:
+                    if said_by != self._crowd:
+                        return None  # it says so to us, too: then there is somebody to answer
+                    for one in sorted(self._done - {name}):
+                        self._say(name, {"say": "done", "party": one})
+                    self._neighbours.add(name)
                 return self._learn_done(name, said_by)
         raise PeerMisbehaved(
             "said something unknown on the control lane", party=said_by, expected="numbers of samples, or who is done"
         )
 
-    def _learn_counts(self, stream: int, counts: dict[str, int], said_by: str) -> None:
+    def _learn_counts(self, stream: int, counts: dict[str, Any], said_by: str) -> None:
         if stream not in self._counts:
             self._counts[stream] = counts
             self._pass_on({"say": "counts", "stream": stream, **counts}, said_by)
@@ -256,7 +353,10 @@ class Gossip:
             self._pass_on({"say": "done", "party": name}, said_by, left=(PeerLost,))
 
     def _pass_on(self, facts: Mapping[str, Any], said_by: str, left: tuple[type[PeerLost], ...] = ()) -> None:
-        for neighbour in self._neighbours:
+        for neighbour in sorted(self._neighbours):
             if neighbour != said_by:
                 with suppress(*left):
-                    self._guard.release((neighbour, CONTROL), Message("control", facts=facts))
+                    self._say(neighbour, facts)
+
+    def _say(self, party: str, facts: Mapping[str, Any]) -> None:
+        self._guard.release((party, CONTROL), Message("control", facts=facts))

@@ -6,9 +6,10 @@ what a graph means (graph.py), nor the handshake (transports/handshake.py), wher
 The canonical bytes are one JSON document (RFC 8259) in UTF-8 without a byte order mark and without white space outside
 strings, made from the graph by these rules:
 
-1.  A record (the file itself, a party, group, segment, cut, labels edge, safeguard, exchange, `training`, `timeouts`,
-    `privacy`) is an object with the keys of the graph file reference.  Every key is there: one that the file leaves
-    out has its default, and `null` where the default is nothing.  Keys stand in ascending order of their code points.
+1.  A record (the file itself, a party, group, segment, cut, labels edge, safeguard, exchange, route, `circuits`,
+    `training`, `timeouts`, `privacy`) is an object with the keys of the graph file reference.  Every key is there: one
+    that the file leaves out has its default, and `null` where the default is nothing.  Keys stand in ascending order of
+    their code points.
 2.  The mappings `parties`, `groups` and `segments` are arrays of [name, record], in the order of the file: their
     order means something.  Lists are arrays in the order of the file.
 3.  A number that the reference calls a float is a string of 16 lower-case hexadecimal digits: its IEEE 754 binary64

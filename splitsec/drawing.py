@@ -2,7 +2,7 @@
 
 Here: layout and drawing, from a checked graph alone.  Not here: what the words mean (docs/concepts.md).  Both
 pictures show places (a party, or a group as one), their segments in the order of the work, cuts as arrows, labels
-edges as broken ones, and who dials whom.
+edges as broken ones, who dials whom, and who reaches whom through relays.
 
 ``draw`` stacks the places and leads every edge around them on a rail at the right, so that any graph fits; ``svg``
 gives every place a band, and every segment the column of its depth.
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Final, Literal, NamedTuple
 
 from splitsec.graph import Graph
@@ -58,6 +58,7 @@ def _about_group(graph: Graph, place: str) -> str:
         return ""
     group = graph.groups[place]
     how = "taking turns, weights handed on" if group.schedule == "round_robin" else "all at once, each with own weights"
+    how = "taking turns in a secret order, weights handed on" if place == graph.anonymous else how
     return ", ".join(group.members) + f": {how}"
 
 
@@ -88,7 +89,7 @@ def _summary(graph: Graph) -> str:
 
 
 def _connections(graph: Graph) -> Iterator[str]:
-    """Who dials whom, and who forwards between whom, one sentence a line."""
+    """Who dials whom, who forwards between whom, and what circuits there are, one sentence a line."""
     dialers: dict[str, list[str]] = {}
     for link in graph.links():
         dialers.setdefault(link.listener, []).append(link.dialer)
@@ -96,12 +97,72 @@ def _connections(graph: Graph) -> Iterator[str]:
         verb = "dials" if len(names) == 1 else "dial"
         yield f"{', '.join(names)} {verb} {listener} at {graph.parties[listener].dialled}"
     pairs: dict[str, list[tuple[str, str]]] = {}
-    for one in graph.forwarded():
-        pairs.setdefault(one.via, []).append((one.first, one.second))
+    for one in graph.circuits_between():
+        if not graph.has_routes(one):
+            pairs.setdefault(one.routes[0][0], []).append((one.first, one.second))
     for via, ends in pairs.items():
-        names = [name for name in graph.parties if any(name in pair for pair in ends)]
-        between = " and ".join((", ".join(names[:-1]), names[-1]))
-        yield f"{via} forwards messages between {between} that it cannot read"
+        yield f"{via} forwards messages between {_listed(_in_order(graph, ends))} that it cannot read"
+    if graph.routes:
+        yield from _circuits(graph)
+
+
+def _circuits(graph: Graph) -> Iterator[str]:
+    """Who builds circuits to whom and through whom, what of them can be seen, and what an anonymous group hides."""
+    pairs: dict[tuple[tuple[str, ...], ...], list[tuple[str, str]]] = {}
+    for one in graph.circuits_between():
+        if graph.has_routes(one):
+            pairs.setdefault(one.routes, []).append((one.first, one.second))
+    relays = {relay for routes in pairs for route in routes for relay in route}
+    for routes, ends in pairs.items():
+        ways = ", or else ".join(f"through {', '.join(route)}" for route in routes)
+        names = _in_order(graph, ends)
+        if len(ends) > 1 and set(map(frozenset, ends)) == set(map(frozenset, combinations(names, 2))):
+            yield f"{_who(graph, names)} build circuits to each other {ways}"
+            continue
+        builders: dict[str, list[str]] = {}
+        for first, second in ends:
+            builders.setdefault(second, []).append(first)
+        reached: dict[tuple[str, ...], list[str]] = {}
+        for second, firsts in builders.items():
+            reached.setdefault(tuple(firsts), []).append(second)
+        for firsts_, seconds in reached.items():
+            verb = "builds a circuit" if len(firsts_) == len(seconds) == 1 else "builds circuits"
+            verb = verb if len(firsts_) == 1 else "build circuits"
+            yield f"{_who(graph, firsts_)} {verb} to {_who(graph, seconds)} {ways}"
+    what = (
+        "relay, which cannot read what it passes on"
+        if len(relays) == 1
+        else "relays, which cannot read what they pass on"
+    )
+    yield f"{what}: {', '.join(name for name in graph.parties if name in relays)}"
+    size = "one size between any two ends" if graph.circuits.padding == "fixed" else "padded to a few sizes"
+    pace = "" if graph.circuits.cover is None else f", one each way every {graph.circuits.cover:g} s, needed or not"
+    yield f"cells that carry messages are {size}{pace}"
+    if graph.anonymous is not None:
+        far = [name for name in graph.parties if name in graph.far_ends]
+        verb, it = ("learns", "it sees") if len(far) == 1 else ("learn", "they see")
+        yield (
+            f"{_listed(far)} {verb} that a member of {graph.anonymous} speaks, and not which: every member proves the "
+            f"group's key, and begins a new channel every {graph.groups[graph.anonymous].pseudonym}; what is sent, and "
+            f"when, {it} as ever"
+        )
+
+
+def _in_order(graph: Graph, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    named = {name for pair in pairs for name in pair}
+    return [name for name in graph.parties if name in named]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
+
+
+def _who(graph: Graph, names: Sequence[str]) -> str:
+    """Names, or the group that they all make."""
+    for group, one in graph.groups.items():
+        if len(names) > 1 and set(names) == set(one.members):
+            return f"the members of {group}"
+    return _listed(names)
 
 
 # The terminal.  A box is a list of rows; a row may begin an edge, or be where edges end.

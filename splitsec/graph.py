@@ -1,7 +1,7 @@
 """The graph file: who takes part, which segment runs where, and which tensors may cross from whom to whom.
 
 Here: the models of the file, every rule that a graph must keep, and what follows from a graph without running it: the
-order of segments, streams, links, forwarded pairs.  Pure: no torch, no network.  Not here: code, paths and secrets;
+order of segments, streams, links, circuits.  Pure: no torch, no network.  Not here: code, paths and secrets;
 they are in the party files (partyfile.py), where the story goes next.
 
 A *stream* is the work that member k of every group does together; without groups there is one.
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
@@ -28,10 +29,12 @@ __all__ = [
     "DTYPE_BYTES",
     "FLOATS",
     "LOSSES",
+    "RELAYS_MAX",
+    "Circuit",
+    "Circuits",
     "Cut",
     "CutPrivacy",
     "Exchange",
-    "Forwarded",
     "Graph",
     "Group",
     "LabelPrivacy",
@@ -39,6 +42,7 @@ __all__ = [
     "Link",
     "Party",
     "Privacy",
+    "Route",
     "Safeguard",
     "Segment",
     "Timeouts",
@@ -83,6 +87,7 @@ CUSTOM: Final = "custom"  # the loss that only the party knows: its party file n
 MAX_DIMENSIONS = 8  # of one tensor, the batch not counted
 MAX_SAMPLE_BYTES = 2**30  # 1 GiB for one sample on one cut: what a message can hold with room to spare
 MAX_EDGES = 10_000  # of each kind: two lanes for each stay below the 65536 lanes of a channel
+RELAYS_MAX: Final = 7  # in one route: what the smallest cell has room for
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}\Z")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}\Z")
@@ -135,6 +140,16 @@ def _shape(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
             f"a shape of {len(shape)} dimensions", expected=f"at most {MAX_DIMENSIONS}", fix="flatten some of them"
         )
     return shape
+
+
+def _ends(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) != 2:
+        raise mistake(
+            f"`cut: {shown(names)}`",
+            expected="the two segments of a cut, as in `cut: [stem, trunk]`",
+            fix="write the segment it comes from and the one it goes to",
+        )
+    return names
 
 
 def _key(text: str) -> str:
@@ -257,6 +272,16 @@ class Group(_Entry):
         description="`round_robin`: members take turns and hand the segments' weights on; `parallel`: every step holds "
         "a batch of each, and every member keeps its own weights"
     )
+    key: Annotated[str, AfterValidator(_key)] | None = Field(
+        default=None,
+        description="public key of an anonymous group, whose private half all members hold, as `splitsec keys new` "
+        "prints it; `join` needs it, `simulate` makes its own",
+    )
+    pseudonym: Literal["turn", "epoch"] = Field(
+        default="turn",
+        description="how long a member of an anonymous group stays in one channel with a far end: `turn`, or `epoch`, "
+        "from its training turn until it has evaluated",
+    )
 
 
 class Segment(_Entry):
@@ -342,6 +367,10 @@ class Cut(_Entry):
     raw: bool = Field(
         default=False, description="`true`: the cut may carry samples as they are; else a copy of the input is refused"
     )
+    anonymous: bool = Field(
+        default=False,
+        description="`true`: the end that is no group learns that a member of the group speaks, and not which",
+    )
 
     @property
     def sample_bytes(self) -> int:
@@ -376,6 +405,41 @@ class Exchange(_Entry):
     shape: OpenShape = Field(description="shape of the whole tensor; `null` stands for any size")
     dtype: AnyDtype = Field(description="dtype of the tensor")
     max_bytes: int = Field(default=64 * 2**20, ge=1, le=2**40, description="largest tensor accepted, in bytes")
+
+
+class Route(_Entry):
+    """Relays between two ends: what these say to each other passes through all of them, and none can read it."""
+
+    source: Name | None = Field(
+        default=None, alias="from", description="the party or group that builds the circuits; every member its own"
+    )
+    target: Name | None = Field(
+        default=None, alias="to", description="the party or group at the far end; the same group: among its members"
+    )
+    cut: Annotated[tuple[Name, ...], Field(strict=False), AfterValidator(_ends)] | None = Field(
+        default=None,
+        description="in place of `from` and `to`: the two segments of a cut; the parties that hold the first build",
+    )
+    via: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        description=f"the relays, 1 to {RELAYS_MAX} parties, in the order from `from`"
+    )
+
+
+class Circuits(_Entry):
+    """What whoever watches circuits may see of them; all parties do it alike."""
+
+    padding: Literal["fixed", "padme"] = Field(
+        default="fixed",
+        description="`fixed`: between two ends every cell that carries messages has one size; `padme`: one of few "
+        "sizes, which costs less and tells more",
+    )
+    cover: float | None = Field(
+        default=None,
+        ge=0.001,
+        le=3600,
+        description="seconds: one cell in each direction every so many, whether there is something to send or not; "
+        "without it, cells go when there is",
+    )
 
 
 class Training(_Entry):
@@ -425,12 +489,23 @@ class Link(NamedTuple):
     listener: str
 
 
-class Forwarded(NamedTuple):
-    """Two parties that talk end to end through a third, which cannot read it; ``first`` stands first in `parties`."""
+class Circuit(NamedTuple):
+    """Two parties that talk end to end through relays, which cannot read it.  ``first`` builds; ``routes``: the relays
+    from ``first`` on, first choice first.
+    """
 
     first: str
     second: str
-    via: str
+    routes: tuple[tuple[str, ...], ...]
+
+
+class _Routed(NamedTuple):
+    """The routes that the file has for a pair, and for each its index there."""
+
+    first: str
+    second: str
+    routes: list[tuple[str, ...]]
+    indices: list[int]
 
 
 class _Need(NamedTuple):
@@ -468,6 +543,12 @@ class Graph(_Entry):
     exchanges: Annotated[tuple[Exchange, ...], Field(strict=False)] = Field(
         default=(), max_length=MAX_EDGES, description="named tensors that parties may send each other outside training"
     )
+    routes: Annotated[tuple[Route, ...], Field(strict=False)] = Field(
+        default=(),
+        max_length=MAX_EDGES,
+        description="relays between parties that do not connect directly; several for one pair: the first that works",
+    )
+    circuits: Circuits = Field(default=Circuits(), description="what can be seen of what travels along routes")
     training: Training = Field(default=Training(), description="what all parties must do alike while they train")
     timeouts: Timeouts = Field(default=Timeouts(), description="how long the parties wait for each other")
     privacy: Privacy = Field(
@@ -505,9 +586,11 @@ class Graph(_Entry):
         return GraphError(seen, file=self.file, line=self.line_of(*keys), expected=expected, fix=fix)
 
     def with_keys(self, keys: Mapping[str, str], addresses: Mapping[str, tuple[str | None, str | None]]) -> Graph:
-        """A copy with other public keys and other (listen, address) for the parties named; checked again."""
+        """A copy with other public keys (an anonymous group has one, too) and other (listen, address) for the parties
+        named; checked again.
+        """
         for name in (*keys, *addresses):
-            if name not in self.parties:
+            if name not in self.parties and (name not in self.groups or name in addresses):
                 raise self.error(
                     f"unknown party `{shown(name)}`",
                     "parties",
@@ -516,7 +599,7 @@ class Graph(_Entry):
                 )
         values = self.model_dump(by_alias=True)
         for name, key in keys.items():
-            values["parties"][name]["key"] = key
+            values["parties" if name in self.parties else "groups"][name]["key"] = key
         for name, (listen, address) in addresses.items():
             values["parties"][name].update(listen=listen, address=address)
         return Graph.model_validate(values, context=self._document)
@@ -561,9 +644,11 @@ class Graph(_Entry):
         return tuple(sorted(holders, key=ranks.__getitem__))
 
     def hand_ons(self, group: str) -> tuple[tuple[str, str], ...]:
-        """Who may hand the weights of ``group`` on to whom: along the ring, or to anybody where members may leave."""
+        """Who may hand the weights of ``group`` on to whom: along the ring, or to anybody where members may leave or
+        take turns in a secret order.
+        """
         members = self.groups[group].members
-        if self.privacy.when_spent == "leave":
+        if self.privacy.when_spent == "leave" or group == self.anonymous:
             return tuple((giver, taker) for giver in members for taker in members if giver != taker)
         return tuple(zip(members, (*members[1:], members[0]), strict=True))
 
@@ -599,63 +684,223 @@ class Graph(_Entry):
             ] = None
         return tuple(done)
 
+    # Anonymous groups
+
+    @cached_property
+    def anonymous(self) -> str | None:
+        """The group whose members are not told apart outside it; None where there is none."""
+        for cut in self.cuts:
+            for segment in (cut.source, cut.target) if cut.anonymous else ():
+                if self.segments[segment].at in self.groups:
+                    return self.segments[segment].at
+        return None
+
+    @cached_property
+    def far_ends(self) -> frozenset[str]:
+        """The parties that members of the anonymous group talk to in training, outside the group."""
+        if self.anonymous is None:
+            return frozenset()
+        edges = [(self.segments[cut.source].at, self.segments[cut.target].at) for cut in self.cuts]
+        edges += [(edge.source, self.segments[edge.target].at) for edge in self.labels]
+        places = {place for edge in edges if self.anonymous in edge for place in edge} - {self.anonymous}
+        return frozenset(member for place in places for member in self.members(place))
+
     # Who talks to whom
 
     def links(self) -> tuple[Link, ...]:
         """The pairs of parties that connect directly, each once, in the order in which the file first needs them.
 
-        One listens and the other dials; where both could listen, the one that stands first in `parties` dials.
+        One listens and the other dials; where both could listen, the one that stands first in `parties` dials.  They
+        are those that must talk and have no route, and the neighbours in every route.
         """
         return self._connections[0]
 
-    def forwarded(self) -> tuple[Forwarded, ...]:
-        """The pairs that must talk but cannot connect: a third party, linked with both, forwards what it cannot read.
+    def circuits_between(self) -> tuple[Circuit, ...]:
+        """The pairs that must talk and do not connect: by the routes of the file, or where neither listens through a
+        third party that is linked with both.
 
-        Such pairs are neighbours in the ring of a `round_robin` group (they hand weights on) and, for every stream, its
-        first data party with each of the others (they agree on the order of sample ids).
+        Pairs without a cut, labels edge or exchange between them are members of a `round_robin` group (they hand
+        weights on) and, for every stream, its first data party with each of the others (they agree on the order of
+        sample ids).
         """
         return self._connections[1]
 
+    def has_routes(self, circuit: Circuit) -> bool:
+        """Whether the file has routes for it; else its route follows from who is linked with whom."""
+        return frozenset((circuit.first, circuit.second)) in self._routed
+
     @cached_property
-    def _connections(self) -> tuple[tuple[Link, ...], tuple[Forwarded, ...]]:
-        rank = {name: index for index, name in enumerate(self.parties)}
+    def relays(self) -> frozenset[str]:
+        """The parties that some circuit passes through."""
+        return frozenset(relay for circuit in self.circuits_between() for route in circuit.routes for relay in route)
+
+    @cached_property
+    def busiest(self) -> int:
+        """How many circuits pass through the relay with most of them; 0 without relays."""
+        through: dict[str, int] = {}
+        for circuit in self.circuits_between():
+            for relay in {relay for route in circuit.routes for relay in route}:
+                through[relay] = through.get(relay, 0) + 1
+        return max(through.values(), default=0)
+
+    def talking(self, *, exchanges: bool = True) -> tuple[frozenset[str], ...]:
+        """The pairs of parties that must talk, each once; without ``exchanges``, for training alone."""
+        needs = (one for one in self._all_needs if exchanges or one.keys[0] != "exchanges")
+        return tuple(dict.fromkeys(one.pair for one in needs))
+
+    @cached_property
+    def _rank(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.parties)}
+
+    def _link(self, pair: frozenset[str]) -> Link | None:
+        """Who of a pair dials whom; None where neither listens."""
+        first, second = sorted(pair, key=self._rank.__getitem__)
+        if self.parties[second].listen is not None:
+            return Link(first, second)
+        return Link(second, first) if self.parties[first].listen is not None else None
+
+    @cached_property
+    def _connections(self) -> tuple[tuple[Link, ...], tuple[Circuit, ...]]:
         links: dict[frozenset[str], Link] = {}
         waiting: dict[frozenset[str], _Need] = {}
-        for need in self._needs():
-            first, second = sorted(need.pair, key=rank.__getitem__)
-            if self.parties[second].listen is not None:
-                links.setdefault(need.pair, Link(first, second))
-            elif self.parties[first].listen is not None:
-                links.setdefault(need.pair, Link(second, first))
+        for need in self._all_needs:
+            if need.pair in self._routed or need.pair in links:
+                continue
+            link = self._link(need.pair)
+            if link is not None:
+                links[need.pair] = link
             elif need.direct:
+                first, second = sorted(need.pair, key=self._rank.__getitem__)
                 raise self.error(
                     f"`{first}` and `{second}` must connect ({need.why}), but neither of them listens",
                     *need.keys,
-                    expected="`listen` at one of the two",
+                    expected="`listen` at one of the two, or a route between them",
                     fix='add `listen: "tcp://0.0.0.0:7400"` and `address: "tcp://HOST:7400"` to one of them',
                 )
             else:
                 waiting.setdefault(need.pair, need)
-        forwarded = []
-        for pair, need in waiting.items():
-            first, second = sorted(pair, key=rank.__getitem__)
-            via = next(
-                (
-                    third
-                    for third in self.parties
-                    if {frozenset((first, third)), frozenset((second, third))} <= links.keys()
-                ),
-                None,
-            )
-            if via is None:
+        for pair, (side, index) in self._side_by_side().items():
+            link = self._link(pair)
+            if link is None:
                 raise self.error(
-                    f"`{first}` and `{second}` must talk ({need.why}), but neither listens and nobody links them",
-                    *need.keys,
-                    expected="`listen` at one of the two, or a party that both connect to",
-                    fix=f"add `listen` (and `address`) to `{first}` or `{second}`",
+                    f"`{side[0]}` and `{side[1]}` stand side by side in a route, but neither of them listens",
+                    "routes",
+                    index,
+                    "via",
+                    expected="`listen` at one of the two",
+                    fix='add `listen: "tcp://0.0.0.0:7400"` and `address: "tcp://HOST:7400"` to the relay',
                 )
-            forwarded.append(Forwarded(first, second, via))
-        return tuple(links.values()), tuple(forwarded)
+            links.setdefault(pair, link)
+        linked: dict[str, set[str]] = {name: set() for name in self.parties}
+        for one, other in links:
+            linked[one].add(other)
+            linked[other].add(one)
+        circuits = []
+        for pair in dict.fromkeys(need.pair for need in self._all_needs):
+            routed, lacking = self._routed.get(pair), waiting.get(pair)
+            if routed is not None:
+                circuits.append(Circuit(routed.first, routed.second, tuple(routed.routes)))
+            elif lacking is not None:
+                circuits.append(self._implied(lacking, linked))
+        return tuple(links.values()), tuple(circuits)
+
+    def _side_by_side(self) -> dict[frozenset[str], tuple[tuple[str, str], int]]:
+        """The neighbours in the routes of the file: in the order of their route, and the index of the first."""
+        found: dict[frozenset[str], tuple[tuple[str, str], int]] = {}
+        for routed in self._routed.values():
+            for route, index in zip(routed.routes, routed.indices, strict=True):
+                for side in pairwise((routed.first, *route, routed.second)):
+                    pair = frozenset(side)
+                    if pair in self._routed:
+                        first, second, _, indices = self._routed[pair]
+                        line = self.line_of("routes", indices[0])
+                        raise self.error(
+                            f"`{side[0]}` and `{side[1]}` stand side by side here, which takes a link, but talk to "
+                            "each other by a route" + ("" if line is None else f" (on line {line})"),
+                            "routes",
+                            index,
+                            "via",
+                            expected="a link or a route between two parties, not both",
+                            fix=f"put another relay between them here, or remove the route from `{first}` to "
+                            f"`{second}`",
+                        )
+                    found.setdefault(pair, (side, index))
+        return found
+
+    def _implied(self, need: _Need, linked: Mapping[str, set[str]]) -> Circuit:
+        """The circuit of two parties that have no route and cannot connect: through the first that both link with."""
+        first, second = sorted(need.pair, key=self._rank.__getitem__)
+        thirds = linked[first] & linked[second]
+        if not thirds:
+            raise self.error(
+                f"`{first}` and `{second}` must talk ({need.why}), but neither listens and nobody links them",
+                *need.keys,
+                expected="`listen` at one of the two, a party that both connect to, or a route",
+                fix=f"add `listen` (and `address`) to `{first}` or `{second}`, or "
+                f"`{{from: {first}, to: {second}, via: [...]}}` under `routes`",
+            )
+        return Circuit(first, second, ((min(thirds, key=self._rank.__getitem__),),))
+
+    @cached_property
+    def _routed(self) -> dict[frozenset[str], _Routed]:
+        """What the file says under `routes`, for every pair that talks."""
+        talking = set(self.talking())
+        found: dict[frozenset[str], _Routed] = {}
+        for index, route in enumerate(self.routes):
+            pairs = self._route_pairs(route)
+            used = [pair for pair in pairs if frozenset(pair) in talking]
+            if not used:
+                raise self.error(
+                    f"a route {_between(route)}, but no two parties there talk to each other"
+                    if route.cut is not None or {route.source, route.target} & self.groups.keys()
+                    else f"a route {_between(route)}, who never talk to each other",
+                    "routes",
+                    index,
+                    expected="two ends of a cut, labels edge or exchange, or parties that hand weights on or agree on "
+                    "the order of samples",
+                    fix="correct the names, or remove the route",
+                )
+            for first, second in used:
+                one = found.setdefault(frozenset((first, second)), _Routed(first, second, [], []))
+                if one.first != first:
+                    raise self.error(
+                        f"a route from `{first}` to `{second}`, and another from `{second}` to `{first}`"
+                        + _first(self, "routes", one.indices[0]),
+                        "routes",
+                        index,
+                        expected="one of the two to build the circuits",
+                        fix=f"write it from `{second}` to `{first}`, the relays in that order",
+                    )
+                if route.via in one.routes:
+                    raise self.error(
+                        f"the route from `{first}` to `{second}` via {', '.join(f'`{name}`' for name in route.via)} is "
+                        "there twice" + _first(self, "routes", one.indices[one.routes.index(route.via)]),
+                        "routes",
+                        index,
+                        expected="other relays in every route of a pair",
+                        fix="remove one of them",
+                    )
+                one.routes.append(route.via)
+                one.indices.append(index)
+        return found
+
+    def _route_pairs(self, route: Route) -> list[tuple[str, str]]:
+        """The pairs that ``route`` is between, whether they talk or not; the first builds."""
+        if route.cut is not None:
+            source, target = (self.segments[name].at for name in route.cut)
+            pairs = [(self.party_at(source, stream), self.party_at(target, stream)) for stream in range(self.streams)]
+        else:
+            assert route.source is not None
+            assert route.target is not None
+            source, target = route.source, route.target
+            if source == target:
+                return list(combinations(sorted(self.members(source), key=self._rank.__getitem__), 2))
+            pairs = [(one, other) for one in self.members(source) for other in self.members(target)]
+        return [pair for pair in dict.fromkeys(pairs) if pair[0] != pair[1]]
+
+    @cached_property
+    def _all_needs(self) -> tuple[_Need, ...]:
+        return tuple(self._needs())
 
     def _needs(self) -> Iterator[_Need]:
         """Every reason for two different parties to talk: edges as in the file, then what follows."""
@@ -690,6 +935,13 @@ class Graph(_Entry):
             pair = frozenset((self.party_at(source, stream), self.party_at(target, stream)))
             if len(pair) == 2:
                 yield _Need(pair, why, keys, direct=True)
+
+
+def _between(route: Route) -> str:
+    """Where a route leads, in words."""
+    if route.cut is not None:
+        return f"for the cut from `{route.cut[0]}` to `{route.cut[1]}`"
+    return f"among `{route.source}`" if route.source == route.target else f"from `{route.source}` to `{route.target}`"
 
 
 def load_graph(path: str | Path) -> Graph:
@@ -732,12 +984,15 @@ def _check(graph: Graph) -> None:
     _check_acyclic(graph)
     _check_reached(graph)
     _check_joins(graph)
+    _check_routes(graph)
     _check_used(graph)
-    graph._connections  # noqa: B018  raises where a pair can neither connect nor be forwarded
+    _check_anonymous(graph)
+    graph._connections  # noqa: B018  raises where a pair can neither connect nor be led through others
+    _check_hidden(graph)
 
 
 def _check_parties(graph: Graph) -> None:
-    keys: dict[str, str] = {}
+    keys: dict[str, str] = {one.key: name for name, one in graph.groups.items() if one.key is not None}
     reached: dict[str, str] = {}
     for name, party in graph.parties.items():
         if party.key is not None and keys.setdefault(party.key, name) != name:
@@ -1185,12 +1440,264 @@ def _check_used(graph: Graph) -> None:
             )
     busy = {member for place in places for member in graph.members(place)}
     busy |= {end for one in graph.exchanges for end in (one.source, one.target)}
+    busy |= {relay for one in graph.routes for relay in one.via}
     for name in graph.parties:
         if name not in busy:
             raise graph.error(
                 f"the party `{name}` has nothing to do",
                 "parties",
                 name,
-                expected="a segment, labels or an exchange for every party",
+                expected="a segment, labels, an exchange or a route for every party",
                 fix="place something there, or remove the party",
             )
+
+
+def _check_routes(graph: Graph) -> None:
+    for index, route in enumerate(graph.routes):
+        if route.cut is not None:
+            _check_cut_of_route(graph, route, index)
+        else:
+            _check_ends_of_route(graph, route, index)
+        _check_relays(graph, route, index)
+
+
+def _check_cut_of_route(graph: Graph, route: Route, index: int) -> None:
+    assert route.cut is not None
+    if route.source is not None or route.target is not None:
+        raise graph.error(
+            "a route with `cut` and with `" + ("from" if route.source is not None else "to") + "`",
+            "routes",
+            index,
+            expected="`cut`, or `from` and `to`",
+            fix="remove one of them",
+        )
+    for name in route.cut:
+        _check_known_segment(graph, name, "routes", index, "cut")
+    if not any((cut.source, cut.target) == route.cut for cut in graph.cuts):
+        back = any((cut.target, cut.source) == route.cut for cut in graph.cuts)
+        raise graph.error(
+            f"a route for the cut from `{route.cut[0]}` to `{route.cut[1]}`, which is not there",
+            "routes",
+            index,
+            "cut",
+            expected="a cut of the file, in its direction",
+            fix=f"write `cut: [{route.cut[1]}, {route.cut[0]}]`" if back else "correct it, or write `from` and `to`",
+        )
+
+
+def _check_ends_of_route(graph: Graph, route: Route, index: int) -> None:
+    for key, name, other in (("from", route.source, "to"), ("to", route.target, "from")):
+        if name is None:
+            raise graph.error(
+                f"a route without `{key}`",
+                "routes",
+                index,
+                expected="`from` and `to`, or `cut`",
+                fix=f"add `{key}`: the party or group at the "
+                + ("end that builds the circuits" if other == "to" else "far end"),
+            )
+        _check_place(graph, name, "routes", index, key)
+    if route.source == route.target and route.source in graph.parties:
+        raise graph.error(
+            f"a route from `{route.source}` to itself",
+            "routes",
+            index,
+            "to",
+            expected="two parties; only a group may stand at both ends, for all pairs of its members",
+            fix="change one",
+        )
+
+
+def _check_relays(graph: Graph, route: Route, index: int) -> None:
+    keys = ("routes", index, "via")
+    if not 1 <= len(route.via) <= RELAYS_MAX:
+        raise graph.error(
+            f"a route of {len(route.via)} relays",
+            *keys,
+            expected=f"1 to {RELAYS_MAX}",
+            fix="name a relay, or remove the route: without one, the parties connect directly"
+            if not route.via
+            else "take some out",
+        )
+    ends = {end for pair in graph._route_pairs(route) for end in pair}
+    for place, name in enumerate(route.via):
+        if name not in graph.parties:
+            what = "a group, not a party" if name in graph.groups else "unknown"
+            raise graph.error(
+                f"the relay `{name}` is {what}",
+                *keys,
+                place,
+                expected="a name from `parties`",
+                fix=meant(name, graph.parties),
+            )
+        if name in route.via[:place]:
+            raise graph.error(
+                f"`{name}` is in the route twice",
+                *keys,
+                place,
+                expected="every relay once",
+                fix="remove one of them",
+            )
+        if name in ends:
+            raise graph.error(
+                f"`{name}` is a relay and an end of its own route",
+                *keys,
+                place,
+                expected="relays other than the parties at the ends",
+                fix="take it out, or name the ends one by one in routes of their own",
+            )
+
+
+def _check_anonymous(graph: Graph) -> None:
+    """What an anonymous group takes, but for the ways to it."""
+    for index, cut in enumerate(graph.cuts):
+        if not cut.anonymous:
+            continue
+        ends = graph.segments[cut.source].at, graph.segments[cut.target].at
+        if not set(ends) & graph.groups.keys() or ends[0] == ends[1]:
+            raise graph.error(
+                f"the cut from `{cut.source}` to `{cut.target}` is anonymous, but "
+                + (f"stays inside `{ends[0]}`" if ends[0] == ends[1] else "neither end is a group"),
+                "cuts",
+                index,
+                "anonymous",
+                expected="a group at one end, among whose members the one that speaks is hidden",
+                fix="remove `anonymous`" + ("" if ends[0] == ends[1] else ", or place one of the segments at a group"),
+            )
+    name = graph.anonymous
+    for other, group in graph.groups.items():
+        if other == name:
+            continue
+        if name is not None:
+            raise graph.error(
+                f"the group `{other}` beside `{name}`, which is anonymous",
+                "groups",
+                other,
+                expected="one group: who works with a member of another group is known by that",
+                fix=f"make `{other}` one party, or remove `anonymous` from the cuts",
+            )
+        set_ = "key" if group.key is not None else "pseudonym" if group.pseudonym != "turn" else None
+        if set_ is not None:
+            raise graph.error(
+                f"the group `{other}` has a `{set_}`, but is not anonymous",
+                "groups",
+                other,
+                set_,
+                expected=f"`{set_}` only at a group with `anonymous: true` at its cuts",
+                fix=f"remove `{set_}`, or add `anonymous: true` to the cuts that leave or reach the group",
+            )
+    if name is not None:
+        _check_anonymous_group(graph, name)
+
+
+def _check_anonymous_group(graph: Graph, name: str) -> None:
+    group = graph.groups[name]
+    for index, cut in enumerate(graph.cuts):
+        ends = {graph.segments[cut.source].at, graph.segments[cut.target].at}
+        if name in ends and len(ends) == 2 and not cut.anonymous:
+            marked = next(one for one in graph.cuts if one.anonymous)
+            raise graph.error(
+                f"the cut from `{cut.source}` to `{cut.target}` is not anonymous, but that from `{marked.source}` to "
+                f"`{marked.target}` is",
+                "cuts",
+                index,
+                expected=f"all cuts that leave or reach the group `{name}` to be, or none",
+                fix="add `anonymous: true`, or remove it there",
+            )
+    if group.schedule != "round_robin":
+        raise graph.error(
+            f"the group `{name}` is anonymous and `{group.schedule}`",
+            "groups",
+            name,
+            "schedule",
+            expected="`round_robin`: one speaks at a time, in an order that only members know",
+            fix="write `schedule: round_robin`, or remove `anonymous` from the cuts",
+        )
+    if len(group.members) < 2:
+        raise graph.error(
+            f"the anonymous group `{name}` has one member",
+            "groups",
+            name,
+            "members",
+            expected="several, among whom the one that speaks is hidden",
+            fix="add members, or remove `anonymous` from the cuts",
+        )
+    if graph.privacy.when_spent != "end":
+        raise graph.error(
+            f"`when_spent: {graph.privacy.when_spent}` with the anonymous group `{name}`",
+            "privacy",
+            "when_spent",
+            expected="`end`: who leaves would be told from the others",
+            fix="write `when_spent: end`, or remove `anonymous` from the cuts",
+        )
+    for segment, one in graph.segments.items():
+        if one.data is not None and one.at != name:
+            raise _samples_elsewhere(graph, name, f"`{one.at}` holds samples, too", "segments", segment, "data")
+    for index, edge in enumerate(graph.labels):
+        if edge.source != name:
+            seen = f"the labels for `{edge.target}` are at `{edge.source}`"
+            raise _samples_elsewhere(graph, name, seen, "labels", index, "from")
+    for index, exchange in enumerate(graph.exchanges):
+        ends = {exchange.source, exchange.target}
+        if ends & set(group.members) and ends & graph.far_ends:
+            raise graph.error(
+                f"the exchange `{exchange.name}` goes from `{exchange.source}` to `{exchange.target}`, where the group "
+                f"`{name}` is anonymous",
+                "exchanges",
+                index,
+                expected="exchanges of its members with others only: here each would be seen by its name",
+                fix="remove it, or remove `anonymous` from the cuts",
+            )
+
+
+def _samples_elsewhere(graph: Graph, group: str, seen: str, *keys: str | int) -> GraphError:
+    return graph.error(
+        f"{seen}, but the group `{group}` is anonymous",
+        *keys,
+        expected="all samples and labels at its members: by the samples that it shares, a member would be known",
+        fix=f"place them at `{group}`, or remove `anonymous` from the cuts",
+    )
+
+
+def _check_hidden(graph: Graph) -> None:
+    """The ways between the members of an anonymous group, and to the far ends."""
+    name = graph.anonymous
+    if name is None:
+        return
+    members = graph.groups[name].members
+    for far in (one for one in graph.parties if one in graph.far_ends):
+        for member in members:
+            routed = graph._routed.get(frozenset((member, far)))
+            if routed is None:
+                raise graph.error(
+                    f"`{member}` has no route to `{far}`, but the group `{name}` is anonymous there",
+                    *next(need.keys for need in graph._all_needs if need.pair == {member, far}),
+                    expected="a route from every member: on a link of its own, each would be known by its address",
+                    fix=f"add `{{from: {name}, to: {far}, via: [...]}}` under `routes`",
+                )
+            if routed.first != member:
+                raise graph.error(
+                    f"a route from `{far}` to `{member}`, whose group `{name}` is anonymous there",
+                    "routes",
+                    routed.indices[0],
+                    expected=f"routes from `{name}`: who builds a circuit must know whom it leads to",
+                    fix=f"write `from: {name}, to: {far}`, the relays in that order",
+                )
+    hidden = graph.far_ends | set(members)
+    for pair, routed in graph._routed.items():
+        known = pair <= set(members)
+        if not known and not (pair & graph.far_ends and pair & set(members)):
+            continue
+        for route, index in zip(routed.routes, routed.indices, strict=True):
+            for relay in route:
+                if relay in (graph.far_ends if known else hidden):
+                    raise graph.error(
+                        f"`{relay}` is a relay between `{routed.first}` and `{routed.second}`, and "
+                        + ("a far end" if relay in graph.far_ends else "a member")
+                        + f" of the anonymous group `{name}`",
+                        "routes",
+                        index,
+                        "via",
+                        expected="relays that see no more of the group than that something passes",
+                        fix="put another party in its place",
+                    )

@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
+
+import torch
 
 from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable
 from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
@@ -41,6 +43,8 @@ class MessageThread(Protocol):
 
     def send(self, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True) -> None: ...
     def receive(self, timeout: float | None = None) -> Event | None: ...
+    def open_peer(self, peer: bytes) -> None: ...
+    def leave_peer(self, peer: bytes) -> None: ...
     def close_peer(self, peer: bytes, reason: int, why: str) -> None: ...
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None: ...
 
@@ -72,6 +76,8 @@ class Guard:
     """One party's door.  ``keys``: party name to X25519 public key for every peer in the plan.
 
     ``together``: nobody can go on once one party has gone (a run); otherwise only who waits for that party is told.
+    ``on_call``: peers to whom there is a channel only between ``call`` and ``part``, and who shall not learn which
+    member of a group we are.  ``crowds``: such groups as the parties outside see them, one peer in place of many.
     """
 
     def __init__(
@@ -83,8 +89,12 @@ class Guard:
         connect_timeout: float,
         together: bool = True,
         safeguards: Safeguards | None = None,
+        on_call: Collection[str] = (),
+        crowds: Collection[str] = (),
     ) -> None:
         self.plan = plan
+        self.on_call = tuple(name for name in keys if name in on_call)
+        self._crowds = frozenset(crowds)
         self.safeguards = safeguards
         self._together = together
         self.traffic: dict[LaneKey, Traffic] = defaultdict(Traffic)
@@ -95,6 +105,7 @@ class Guard:
         self._last_in: dict[LaneKey, tuple[int, ...]] = {}
         self._waiting: dict[LaneKey, deque[Message]] = defaultdict(deque)
         self._opened: set[str] = set()
+        self._leaving: set[str] = set()
         self._gone: dict[str, PeerError] = {}
         self._connect_timeout = connect_timeout
         self.on_opened: Callable[[str], None] = lambda party: None
@@ -131,10 +142,18 @@ class Guard:
             )
         if lane[0] in self._gone:
             raise self._gone[lane[0]]
+        if lane[0] in self.on_call and lane[0] not in self._opened:
+            raise EgressRefused(
+                f"{declared.kind} of {declared.name} to {declared.peer}, with which there is no channel now",
+                expected="a turn of ours",
+                fix="nothing was sent; this is a fault of whoever called the guard",
+            )
         if message.key:
             self._last_out[lane] = message.key
         if self.safeguards is not None:
             message = self.safeguards.treat(lane, message, carried)
+        if lane[0] in self.on_call:
+            message = _row_by_row(message)
         header, body = encode(message)
         if self.safeguards is not None:
             self.safeguards.record(declared, message, (header, *body), carried)
@@ -216,9 +235,7 @@ class Guard:
 
         ``on``: parties without whose messages there is no going on; raises their error if one of them has gone.
         """
-        for party in on:
-            if party in self._gone:
-                raise self._gone[party]
+        self._raise_if_gone(on)
         if self.on_passed is None:
             event = self._thread.receive(timeout)
         else:
@@ -248,19 +265,50 @@ class Guard:
                 self.on_interrupted(party, str(error), seconds)
             case Resumed():
                 self.on_resumed(party)
+            case Closed(error=None) if party in self._leaving:
+                self._leaving.discard(party)
+                self._opened.discard(party)
+                self.on_closed(party, CloseCode.NORMAL.name.lower())
             case Closed(error=error, code=code) if party not in self._gone:
                 self.on_closed(party, code.name.lower())
                 self._close_event(party, error, code)
 
     def open_all(self, parties: Iterable[str]) -> None:
-        """Wait until every one of ``parties`` is connected and authenticated.  Raises ``PeerUnreachable`` and its
-        like.
+        """Wait until every one of ``parties`` is connected and authenticated, but those on call and crowds, who come
+        when there is something to say.  Raises ``PeerUnreachable`` and its like.
         """
-        wanted = set(parties)
+        self._until_opened(set(parties) - set(self.on_call) - self._crowds)
+
+    def call(self, parties: Iterable[str]) -> None:
+        """Open a channel to each of ``parties``, who are on call, under a new pseudonym; where one is open, it stays.
+
+        Raises ``PeerUnreachable`` and its like.
+        """
+        parties = set(parties)
+        self._raise_if_gone(parties)
+        for party in sorted(parties - self._opened):
+            self._thread.open_peer(self._keys[party])
+        self._until_opened(parties)
+
+    def part(self, parties: Iterable[str]) -> None:
+        """Close the channels that ``call`` opened, once all that was sent has arrived, and wait until that is done."""
+        parties = set(parties)
+        self._raise_if_gone(parties)
+        for party in sorted(parties & self._opened):
+            self._leaving.add(party)
+            self._thread.leave_peer(self._keys[party])
+        while self._leaving & parties:
+            self.wait(on=parties)
+
+    def _raise_if_gone(self, parties: Iterable[str]) -> None:
+        for party in parties:
+            if party in self._gone:
+                raise self._gone[party]
+
+    def _until_opened(self, wanted: set[str]) -> None:
         deadline = time.monotonic() + self._connect_timeout
         while not wanted <= self._opened:
-            for party in wanted & self._gone.keys():
-                raise self._gone[party]
+            self._raise_if_gone(wanted)
             left = deadline - time.monotonic()
             if left <= 0 or not self.wait(timeout=left):
                 missing = sorted(wanted - self._opened)
@@ -311,7 +359,14 @@ class Guard:
         return PeerLost(f"cannot be sent to: {error}", party=party)
 
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None:
-        """Send what is queued, say goodbye with ``reason``, and give the sockets back."""
+        """Send what is queued, say goodbye with ``reason``, and give the sockets back.
+
+        Those on call hear of one reason only that a run fails: another might tell whose it was.
+        """
+        if reason not in (CloseCode.NORMAL, CloseCode.ERROR):
+            for party in self.on_call:
+                if party in self._opened and party not in self._gone:
+                    self._thread.close_peer(self._keys[party], CloseCode.ERROR, "this party stops")
         self._thread.close(reason, linger)
 
 
@@ -346,6 +401,12 @@ _REFUSALS: Final[dict[below.RefusalReason, dict[str, str]]] = {
     },
     below.RefusalReason.BUSY: {"expected": "a free place", "fix": "look whether this party is running twice"},
 }
+
+
+def _row_by_row(message: Message) -> Message:
+    """``message`` with its tensors laid out as torch does by default: how one lies in memory may be its maker's own."""
+    tensors = {name: one.clone(memory_format=torch.contiguous_format) for name, one in message.tensors.items()}
+    return Message(message.kind, message.key, message.facts, tensors) if tensors else message
 
 
 def _passed(out: bool, lane: Lane, message: Message, header_bytes: int, body_bytes: int, waited: float = 0.0) -> Passed:

@@ -18,15 +18,15 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from splitsec.agreement import Gossip, agree_on_order
+from splitsec.agreement import SPLITS, Gossip, agree_on_order, in_common
 from splitsec.books import open_books
 from splitsec.contract import digest
 from splitsec.demands import demands_of
 from splitsec.engine import Engine
-from splitsec.errors import BudgetSpent, GraphError, PartyFileError, PeerMisbehaved, UserError
+from splitsec.errors import BudgetSpent, PartyFileError, PeerMisbehaved, UserError
 from splitsec.graph import Graph
 from splitsec.guard import Guard
-from splitsec.identity import parse_public
+from splitsec.identity import public_of
 from splitsec.messages import Message
 from splitsec.partyfile import PartyFile
 from splitsec.plan import ORDER, Plan, make_plan, weights_lane
@@ -40,6 +40,7 @@ from splitsec.schedule import (
     MicroBatch,
     Turn,
     affordable_epochs,
+    last_turn,
     prediction_schedule,
     run_schedule,
     step_count,
@@ -48,7 +49,9 @@ from splitsec.schedule import (
 from splitsec.segments import Segment, build_segments
 from splitsec.trace import Trace
 from splitsec.transports.errors import TransportsError
-from splitsec.transports.iothread import CloseCode, IOThread, Peer
+from splitsec.transports.iothread import CloseCode, IOThread
+from splitsec.turns import DRAWN, Secret, run_of
+from splitsec.wiring import cell_limit_of, keys_of, passages_of, peers_of
 
 __all__ = ["Job", "Party", "Report", "run_party"]
 
@@ -83,18 +86,19 @@ def run_party(
     private_key: bytes,
     job: Job | None = None,
     report: Report = lambda event: None,
+    group_key: bytes | None = None,
 ) -> None:
     """Run one party of ``graph`` from connecting to the last step.
 
-    ``graph`` must give every party a key.  Raises ``SplitsecError``; the other parties are then told that this one
-    has left.
+    ``graph`` must give every party a key.  ``group_key``: the private key of the anonymous group that the party is a
+    member of.  Raises ``SplitsecError``; the other parties are then told that this one has left.
     """
     job = job or Job()
     with ExitStack() as closing:
         trace = None
         if job.trace is not None:
             trace = closing.enter_context(_trace(job.trace, graph, party_file, job, report))
-        party = Party(graph, party_file, private_key=private_key, job=job, report=report)
+        party = Party(graph, party_file, private_key=private_key, job=job, report=report, group_key=group_key)
         reason = CloseCode.ERROR
         try:
             party.connect(trace)
@@ -134,54 +138,29 @@ def open_guard(
     options: Mapping[str, Mapping[str, str]] | None = None,
     together: bool = True,
     safeguards: Safeguards | None = None,
+    group_key: bytes | None = None,
 ) -> Guard:
-    """The door of ``plan.party`` with its I/O thread started: it listens, dials, and forwards for others.
+    """The door of ``plan.party`` with its I/O thread started: it listens, dials, and passes cells on for others.
 
     ``options``: this party's own for a transport, by scheme.  ``together``, ``safeguards``: as ``Guard`` takes them.
-    Raises ``GraphError`` where a party has no key, ``UserError`` where the address to listen at is taken.
+    ``group_key``: private, of the anonymous group that the party is a member of.  Raises ``GraphError`` where a party
+    has no key, ``UserError`` where the address to listen at is taken.
     """
     name = plan.party
-    keys: dict[str, bytes] = {}
-    for party, entry in graph.parties.items():
-        if entry.key is None:
-            raise GraphError(
-                f"party {party!r} has no key",
-                file=graph.file,
-                line=graph.line_of("parties", party),
-                expected="a public key for every party",
-                fix=f"run `splitsec keys new {party}` there and paste the line that it prints",
-            )
-        keys[party] = parse_public(entry.key)
-
-    def lanes(peer: str) -> dict[int, int]:
-        return {number: lane.max_body for (other, number), lane in plan.lanes_in.items() if other == peer}
-
-    peers = []
-    for link in plan.links:
-        if name == link.dialer:
-            peers.append(
-                Peer(keys[link.listener], dial=graph.parties[link.listener].dialled, lanes=lanes(link.listener))
-            )
-        else:
-            peers.append(Peer(keys[link.dialer], lanes=lanes(link.dialer)))
-    forwards = []
-    for pair in plan.forwarded:
-        if name == pair.via:
-            forwards.append(frozenset((keys[pair.first], keys[pair.second])))
-        else:
-            other = pair.second if name == pair.first else pair.first
-            peers.append(Peer(keys[other], via=keys[pair.via], initiator=name == pair.first, lanes=lanes(other)))
+    peers = peers_of(graph, name, plan, group_key=group_key)
     thread = IOThread(
         private_key=private_key,
         digest=digest(graph),
         peers=peers,
         listen=listen or graph.parties[name].listen,
-        forwards=forwards,
         connect_timeout=graph.timeouts.connect,
         lost_after=graph.timeouts.lost,
         gone_after=graph.timeouts.gone,
         post_quantum=graph.post_quantum,
         options=options,
+        cover=graph.circuits.cover,
+        cell_limit=cell_limit_of(graph),
+        passages=passages_of(graph, name),
     )
     try:
         thread.start()
@@ -197,20 +176,43 @@ def open_guard(
             expected="an address of this machine that nobody else listens at",
             fix="look what uses it, or give another `listen` in the party file",
         ) from error
-    names = {peer: keys[peer] for peer in plan.peers}
-    return Guard(plan, names, thread, connect_timeout=graph.timeouts.connect, together=together, safeguards=safeguards)
+    keys = keys_of(graph)
+    names = {keys[party]: party for party in plan.peers}
+    return Guard(
+        plan,
+        {party: key for key, party in names.items()},
+        thread,
+        connect_timeout=graph.timeouts.connect,
+        together=together,
+        safeguards=safeguards,
+        on_call=[names[peer.key] for peer in peers if peer.on_call],
+        crowds=[names[peer.key] for peer in peers if peer.crowd],
+    )
 
 
 class Party:
     """The state of one party during a run; ``run_party`` calls its methods in order."""
 
-    def __init__(self, graph: Graph, party_file: PartyFile, *, private_key: bytes, job: Job, report: Report) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        party_file: PartyFile,
+        *,
+        private_key: bytes,
+        job: Job,
+        report: Report,
+        group_key: bytes | None = None,
+    ) -> None:
         """Build the segments and read the samples; nothing is opened and nothing leaves."""
         self.graph = graph
         self.file = party_file
         self.name = party_file.party
         self.job = job
         self.report = report
+        self.group_key = self._key_of_the_group(group_key)
+        self.secret: Secret | None = None  # of a member of an anonymous group, once it is agreed on
+        self._pseudonym = None if self.group_key is None else graph.groups[graph.anonymous or ""].pseudonym
+        self._last: Turn | None = None
         self.plan = make_plan(graph, self.name)
         self.segments = build_segments(graph, party_file)
         if job.weights is not None:
@@ -235,6 +237,46 @@ class Party:
         return self._guard
 
     # --- before the first step
+
+    def _key_of_the_group(self, given: bytes | None) -> bytes | None:
+        """The private key of the anonymous group that this party is a member of; None where it is of none."""
+        group = self.graph.anonymous
+        if group is None:
+            return None
+        if self.job.action == "predict":
+            raise self.graph.error(
+                f"a prediction, where the group `{group}` is anonymous",
+                "groups",
+                group,
+                expected="a graph in which no cut is `anonymous`: who is not told apart gets no answer of its own",
+                fix="predict with a graph of the same segments without `anonymous`, at parties that may know it",
+            )
+        if self.name not in self.graph.members(group):
+            return None
+        if given is None:
+            raise self.file.error(
+                f"{self.name!r} is a member of the anonymous group `{group}`, whose private key it was not given",
+                expected="the key that all members of the group hold",
+                fix="add `group_key_file`, the file that `splitsec keys new` made for the group",
+            )
+        if keys_of(self.graph)[group] != public_of(given):
+            raise self.graph.error(
+                f"the private key of the group `{group}` that {self.name!r} holds is not that of the graph",
+                "groups",
+                group,
+                expected="one key file at all members, and its public half in the graph",
+                fix="compare with `splitsec keys show` of that file",
+            )
+        own = self.file.privacy
+        if own is not None and (own.cuts or own.labels):
+            self._warn(
+                f"a policy of our own in the anonymous group `{group}`: noise and clipping that differ from the other "
+                "members' may tell which of them we are; write it into the graph, for all"
+            )
+        return given
+
+    def _warn(self, text: str) -> None:
+        self.report({"event": "warning", "text": text})
 
     def _affordable(self) -> dict[str, int]:
         """In how many turns the samples of each split can be used, where this party's budget limits them.
@@ -305,6 +347,7 @@ class Party:
             listen=self.file.listen,
             options=options,
             safeguards=self.safeguards,
+            group_key=self.group_key,
         )
         self._guard.on_opened = lambda party: self.report({"event": "opened", "peer": party})
         self._guard.on_interrupted = lambda party, why, seconds: self.report(
@@ -318,6 +361,17 @@ class Party:
 
     def agree(self) -> None:
         """Agree on the order of samples and their number."""
+        self.gossip = Gossip(self.graph, self.name, self.guard, self.plan.neighbours)
+        if self.group_key is not None:
+            self.counts = self._agree_inside(self.group_key)
+        else:
+            self.counts = self._agree_with_all()
+        run = {} if self.secret is None else {"run": self.secret.run.hex()}
+        self.report({"event": "agreed", "counts": self.counts, **run})
+        if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
+            raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
+
+    def _agree_with_all(self) -> list[dict[str, int]]:
         led: dict[int, dict[str, int]] = {}
         for stream in self.plan.streams:
             holders = self._holders(stream.stream)
@@ -334,48 +388,100 @@ class Party:
                 self.graph, self.name, self.guard, stream.stream, self.own, holders, turns
             )
             if self.name == holders[0]:
-                led[stream.stream] = {
-                    split: len(self.rows[stream.stream].get(split, ())) for split in ("train", "test", "predict")
-                }
+                led[stream.stream] = {split: len(self.rows[stream.stream].get(split, ())) for split in SPLITS}
                 led[stream.stream] |= {f"{split}_turns": n for split, n in turns.items() if split != "predict"}
-        self.gossip = Gossip(self.graph, self.name, self.guard, self.plan.neighbours)
-        self.counts = self.gossip.agree_on_counts(led)
+        agreed = self.gossip.agree_on_counts(led)
         for number, rows in self.rows.items():
-            counts = {split: self.counts[number][split] for split in ("train", "test", "predict")}
+            counts = {split: agreed[number][split] for split in SPLITS}
             if any(count != len(rows.get(split, ())) for split, count in counts.items()):
                 raise PeerMisbehaved(
-                    f"says that stream {number} has {self.counts[number]}",
+                    f"says that stream {number} has {agreed[number]}",
                     party=self._holders(number)[0],
                     expected=f"{ {split: len(order) for split, order in rows.items()} }, as we hold ourselves",
                 )
             for split, allowed in self.turns.items():
-                if self.counts[number].get(f"{split}_turns", allowed) > allowed:
+                if agreed[number].get(f"{split}_turns", allowed) > allowed:
                     raise PeerMisbehaved(
                         f"says that our {split} samples may be used in more turns than our budget allows",
                         party=self._holders(number)[0],
                         expected=f"at most {allowed}",
                     )
-        self.report({"event": "agreed", "counts": self.counts})
-        if self.job.action == "train" and not any(counts["train"] for counts in self.counts):
-            raise UserError("no party has a sample to train on", expected="at least one batch of training samples")
+        return agreed
+
+    def _agree_inside(self, group_key: bytes) -> list[dict[str, int]]:
+        """What an anonymous group agrees on before it speaks: as many samples for each, and whose turn it is when."""
+        members = self.graph.members(self.graph.anonymous or "")
+        rows = {split: torch.arange(samples.count) for split, samples in self.own.items()}
+        held = {split: len(rows.get(split, ())) for split in SPLITS}
+        limits = {f"{split}_turns": n for split, n in self.turns.items()}
+        all_held, drawn = self.gossip.agree_inside(members.index(self.name), {**held, **limits}, os.urandom(DRAWN))
+        self.secret = Secret(group_key, run_of(digest(self.graph), drawn), len(members))
+        used = in_common(all_held)
+        left_out = [
+            f"{held[split] - used[split]} of {held[split]} {split}" for split in SPLITS if held[split] > used[split]
+        ]
+        if left_out:
+            self._warn(
+                f"{' and '.join(left_out)} samples are left out of every turn, others each time: all members of the "
+                "anonymous group use as many as the one that has fewest"
+            )
+        self.rows = dict.fromkeys(range(self.graph.streams), rows)  # ours are those of whatever stream we work
+        counts = [used] * self.graph.streams
+        if self._works(0, 0):
+            self.guard.call(self.guard.on_call)
+            self.gossip.tell(counts, self.guard.on_call)
+        return counts
+
+    def _works(self, epoch: int, stream: int) -> bool:
+        """Whether this party has a part in ``stream`` of ``epoch``."""
+        if self.secret is None:
+            return not self.plan.streams[stream].idle
+        return self._member(epoch, stream, self.graph.anonymous or "") == self.name
+
+    def _member(self, epoch: int, stream: int, group: str) -> str:
+        """The member of ``group`` that works ``stream`` in ``epoch``."""
+        return self.graph.members(group)[stream if self.secret is None else self.secret.order(epoch)[stream]]
 
     # --- the run
 
     def run(self) -> None:
         """Every turn of the run, in the order that all parties work out alike."""
         engine = Engine(self.plan, self.segments, self.guard)
-        schedule = (
-            run_schedule(self.graph, epochs=self._epochs(), counts=self.counts)
-            if self.job.action == "train"
-            else prediction_schedule(self.graph)
-        )
+        if self.job.action == "train":
+            epochs = self._epochs()
+            schedule = run_schedule(self.graph, epochs=epochs, counts=self.counts)
+            self._last = last_turn(self.graph, epochs=epochs)
+        else:
+            schedule = prediction_schedule(self.graph)
         number = update = 0
         for place, turn in enumerate(schedule):
             if isinstance(turn, HandOn):
                 self._hand_on(turn, place)
                 continue
+            if self.secret is not None and turn.phase == TRAIN and turn.streams == (0,) and turn.epoch:
+                self._hand_the_word_on(turn.epoch)
             number, update = self._take_turn(engine, turn, number, update)
-        self.gossip.stay_until_all_are_done()
+        self._say_the_last_word()
+
+    def _hand_the_word_on(self, epoch: int) -> None:
+        """Before ``epoch``, all members of the group hold the weights, but one of them may still speak."""
+        group = self.graph.anonymous or ""
+        giver = self._member(epoch - 1, last_turn(self.graph, epochs=epoch).streams[0], group)
+        taker = self._member(epoch, 0, group)
+        if giver == taker:
+            return
+        if self.name == giver:
+            self.gossip.give_the_word(taker, epoch)
+        elif self.name == taker:
+            self.gossip.take_the_word(giver, epoch)
+
+    def _say_the_last_word(self) -> None:
+        """Wait until all are done; of an anonymous group, whoever has the last turn says so outside."""
+        outside: tuple[str, ...] = ()
+        if self._last is not None and self.secret and self._works(self._last.epoch, self._last.streams[0]):
+            outside = self.guard.on_call
+            self.guard.call(outside)
+        self.gossip.stay_until_all_are_done(outside)
 
     def _epochs(self) -> int:
         wanted = self.graph.training.epochs
@@ -391,6 +497,9 @@ class Party:
         return epochs
 
     def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
+        steps = step_count(self.graph, turn, self.counts)
+        if not any(self._works(turn.epoch, stream) for stream in turn.streams):
+            return number + steps, update + (steps if turn.phase == TRAIN else 0)
         orders = {stream: self._order_of(turn, stream) for stream in turn.streams if stream in self.rows}
 
         def rows(micro: MicroBatch, field: str) -> torch.Tensor:
@@ -404,9 +513,10 @@ class Party:
             return Carried(SPLIT[turn.phase], chosen, inputs[micro.stream], turn.phase == TRAIN, micro.stream)
 
         inputs = {stream: self._inputs(turn, stream) for stream in orders}
-        steps = step_count(self.graph, turn, self.counts)
-        if all(self.plan.streams[stream].idle for stream in turn.streams):
-            return number + steps, update + (steps if turn.phase == TRAIN else 0)
+        if steps:
+            self.guard.call(self.guard.on_call)
+            self.gossip.begin_turn(number, self.guard.on_call)
+            self.gossip.hear_the_group(number)
         self.report(
             {
                 "event": "turn",
@@ -456,6 +566,8 @@ class Party:
                         "weight": self.graph.segments[segment.name].loss_weight,
                     }
                 )
+        if turn != self._last and (turn.phase != TRAIN or self._pseudonym != "epoch"):
+            self.guard.part(self.guard.on_call)
         return number + steps, update
 
     def _inputs(self, turn: Turn, stream: int) -> dict[str, torch.Tensor]:
@@ -465,16 +577,18 @@ class Party:
 
     def _order_of(self, turn: Turn, stream: int) -> torch.Tensor:
         rows = self.rows[stream].get(SPLIT[turn.phase], torch.empty(0, dtype=torch.int64))
+        if self.secret is not None:  # one that others could work out would show, in labels, what came before
+            order = self.secret.rows(SPLIT[turn.phase], turn.epoch, stream, len(rows))
+            return rows[torch.tensor(order, dtype=torch.int64)][: self.counts[stream][SPLIT[turn.phase]]]
         if turn.phase != TRAIN:
             return rows
         return rows[epoch_order(self.graph.training.seed, turn.epoch, stream, len(rows))]
 
     def _hand_on(self, turn: HandOn, place: int) -> None:
         for name, entry in self.graph.segments.items():
-            members = self.graph.members(entry.at)
-            if len(members) == 1:
+            if len(self.graph.members(entry.at)) == 1:
                 continue
-            giver, taker = members[turn.giver], members[turn.taker]
+            giver, taker = (self._member(turn.epoch, stream, entry.at) for stream in (turn.giver, turn.taker))
             lane = weights_lane(self.graph, name)
             if self.name == giver:
                 tensors, plain = self.segments[name].hand_on()

@@ -264,6 +264,12 @@ class PartyFile(_Entry):
         min_length=1,
         description="private key file, relative to this file; `join` needs it, `simulate` makes throw-away keys",
     )
+    group_key_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="private key file of this party's anonymous group, which all its members hold alike, relative to "
+        "this file; `join` needs it, `simulate` makes a throw-away key",
+    )
     segments: Annotated[dict[Name, SegmentCode], AfterValidator(FrozenDict)] = Field(
         default_factory=FrozenDict,
         description="the code of every segment that the graph places at this party or its group",
@@ -309,6 +315,11 @@ class PartyFile(_Entry):
     def key_path(self) -> Path | None:
         """Where the private key file is; None where the party file names none."""
         return None if self.key_file is None else self.folder / Path(self.key_file).expanduser()
+
+    @property
+    def group_key_path(self) -> Path | None:
+        """Where the private key file of the anonymous group is; None where the party file names none."""
+        return None if self.group_key_file is None else self.folder / Path(self.group_key_file).expanduser()
 
     @property
     def state_folder(self) -> Path:
@@ -524,6 +535,13 @@ def check_party(graph: Graph, party: PartyFile) -> None:
             "data",
             expected="`data` only where a segment of the party has `data`, or `labels` come from it",
             fix="remove `data` here, or name it in the graph",
+        )
+    if party.group_key_file is not None and (graph.anonymous is None or name not in graph.members(graph.anonymous)):
+        raise party.error(
+            "`group_key_file` is given, but the graph has this party in no anonymous group",
+            "group_key_file",
+            expected="`group_key_file` only at the members of a group whose cuts are `anonymous: true`",
+            fix="remove it here; if the key is a group's, this party should not have it",
         )
     if party.listen is not None and graph.parties[name].listen is None:
         raise party.error(

@@ -5,23 +5,41 @@ their messages travel.  Not here: when a stage runs (``engine``), what a turn is
 
 A *stream* is one line of samples through the graph: with groups, member ``k`` of every group works in stream ``k``;
 without groups there is one stream.  A *lane* is one cut and direction between two parties, a number that both derive.
+
+Outside an anonymous group its members are not told apart: there, a plan speaks of the group where it would speak of a
+member.  And a stream is a place in an order of turns that only the members know, so that each is ready for every one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal
 
 from splitsec.errors import InternalError
-from splitsec.graph import DTYPE_BYTES, Forwarded, Graph, Link
+from splitsec.graph import DTYPE_BYTES, Circuit, Graph, Link
 
-__all__ = ["CONTROL", "ORDER", "Edge", "Lane", "Plan", "Stage", "StreamPlan", "make_plan", "taking_part"]
+__all__ = [
+    "CONTROL",
+    "ORDER",
+    "Edge",
+    "Lane",
+    "Plan",
+    "Stage",
+    "StreamPlan",
+    "cell_links",
+    "exchange_lane",
+    "make_plan",
+    "relays_needed",
+    "taking_part",
+    "weights_lane",
+]
 
 Kind = Literal["control", "order", "weights", "activation", "gradient", "labels", "taken", "exchange"]
 
 CONTROL: Final = 0
-"""Lane of counts and of the last word; between parties with a link."""
+"""Lane of counts and of the last word; between parties that are not led through a third which has it with both."""
 ORDER: Final = 1
 """Lane of sample-id fingerprints; end to end between parties that hold samples of one stream."""
 FIRST_CUT_LANE: Final = 16
@@ -126,20 +144,22 @@ class Plan:
     lanes_out: dict[tuple[str, int], Lane]
     """What may leave, by (peer, lane number)."""
     links: tuple[Link, ...]
-    """The links that this party is an end of."""
-    forwarded: tuple[Forwarded, ...]
-    """The pairs without a link that this party belongs to, or forwards for."""
+    """The links with lanes that this party is an end of."""
+    circuits: tuple[Circuit, ...]
+    """The circuits that this party is an end of."""
+    cell_links: tuple[Link, ...]
+    """The links over which cells reach and leave this party, its own and others'."""
 
     @property
     def neighbours(self) -> tuple[str, ...]:
-        """Parties that this one has a link with."""
-        return tuple(link.dialer if link.listener == self.party else link.listener for link in self.links)
+        """The peers that counts and the last word are told to, and heard from."""
+        return tuple(peer for peer in self.peers if (peer, CONTROL) in self.lanes_out)
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Parties that this one has a channel with: over a link, or forwarded by a third."""
-        pairs = [(pair.first, pair.second) for pair in self.forwarded if pair.via != self.party]
-        return (*self.neighbours, *(b if a == self.party else a for a, b in pairs))
+        """Everybody that this party has a channel with: over a link, or through relays."""
+        pairs = [*self.links, *((circuit.first, circuit.second) for circuit in self.circuits)]
+        return tuple(other if one == self.party else one for one, other in pairs)
 
     def __str__(self) -> str:
         lines = [f"{self.party}:"]
@@ -157,7 +177,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"], Edge]]:
+def _edges(
+    graph: Graph, stream: int, party_at: Callable[[str, int], str]
+) -> Iterator[tuple[Literal["cut", "labels"], Edge]]:
     for index, cut in enumerate(graph.cuts):
         yield (
             "cut",
@@ -165,8 +187,8 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
                 index=index,
                 source=cut.source,
                 target=cut.target,
-                source_party=graph.party_at(graph.segments[cut.source].at, stream),
-                target_party=graph.party_at(graph.segments[cut.target].at, stream),
+                source_party=party_at(graph.segments[cut.source].at, stream),
+                target_party=party_at(graph.segments[cut.target].at, stream),
                 shape=tuple(cut.shape),
                 dtype=cut.dtype,
                 lane=FIRST_CUT_LANE + 2 * index,
@@ -176,8 +198,8 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
         )
     for index, labels in enumerate(graph.labels):
         number = len(graph.cuts) + index
-        giver = graph.party_at(labels.source, stream)
-        holds_segment = any(graph.party_at(segment.at, stream) == giver for segment in graph.segments.values())
+        giver = party_at(labels.source, stream)
+        holds_segment = any(party_at(segment.at, stream) == giver for segment in graph.segments.values())
         yield (
             "labels",
             Edge(
@@ -185,7 +207,7 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
                 source=labels.source,
                 target=labels.target,
                 source_party=giver,
-                target_party=graph.party_at(graph.segments[labels.target].at, stream),
+                target_party=party_at(graph.segments[labels.target].at, stream),
                 shape=tuple(labels.shape),
                 dtype=labels.dtype,
                 lane=FIRST_CUT_LANE + 2 * number,
@@ -197,10 +219,62 @@ def _edges(graph: Graph, stream: int) -> Iterator[tuple[Literal["cut", "labels"]
 
 
 def taking_part(graph: Graph) -> frozenset[str]:
-    """The parties that a training or prediction needs: they hold segments, data or labels, or forward for such."""
+    """The parties that a training or prediction needs: they hold segments, data or labels."""
     places = [segment.at for segment in graph.segments.values()] + [labels.source for labels in graph.labels]
-    working = {member for place in places for member in graph.members(place)}
-    return frozenset(working | {pair.via for pair in graph.forwarded() if {pair.first, pair.second} <= working})
+    return frozenset(member for place in places for member in graph.members(place))
+
+
+def relays_needed(graph: Graph) -> frozenset[str]:
+    """The parties that it needs besides, as relays alone."""
+    working = taking_part(graph)
+    circuits = _training(graph, working)[1]
+    return frozenset(relay for one in circuits for route in one.routes for relay in route) - working
+
+
+def cell_links(graph: Graph, party: str, circuits: Iterable[Circuit] | None = None) -> tuple[Link, ...]:
+    """The links of ``party`` over which the cells of ``circuits`` pass; without these, of all that the graph has."""
+    passed: set[frozenset[str]] = set()
+    for one in graph.circuits_between() if circuits is None else circuits:
+        for route in one.routes:
+            if party in (one.first, one.second) or party in route:
+                passed |= {frozenset(side) for side in pairwise((one.first, *route, one.second)) if party in side}
+    return tuple(link for link in graph.links() if frozenset(link) in passed)
+
+
+def _training(graph: Graph, working: frozenset[str]) -> tuple[list[Link], list[Circuit]]:
+    """The links and circuits between parties that take part and talk."""
+    members = set(graph.groups[graph.anonymous].members) if graph.anonymous is not None else set()
+    near = members | graph.far_ends
+
+    def wanted(one: str, other: str) -> bool:
+        # A member of an anonymous group talks to other members and to far ends, and to nobody else under its own name.
+        return {one, other} <= working and (not {one, other} & members or {one, other} <= near)
+
+    talking, training = set(graph.talking()), set(graph.talking(exchanges=False))
+    return (
+        [link for link in graph.links() if frozenset(link) in talking and wanted(*link)],
+        [
+            one
+            for one in graph.circuits_between()
+            if {one.first, one.second} in training and wanted(one.first, one.second)
+        ],
+    )
+
+
+def _speaking(graph: Graph, links: Iterable[Link], circuits: Iterable[Circuit]) -> Iterator[tuple[str, str]]:
+    """The pairs that have a control lane: all, but for those that a third leads, who has one with both of them.
+
+    Members of an anonymous group all have one with each other.
+    """
+    members = set(graph.groups[graph.anonymous].members) if graph.anonymous is not None else set()
+    linked = {frozenset(link) for link in links}
+    yield from links
+    for first, second, routes in circuits:
+        led = len(routes) == len(routes[0]) == 1 and all(
+            frozenset((end, routes[0][0])) in linked for end in (first, second)
+        )
+        if not led or {first, second} <= members:
+            yield first, second
 
 
 def weights_lane(graph: Graph, segment: str) -> int:
@@ -241,16 +315,30 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
         peer, lanes = (target, lanes_out) if party == source else (source, lanes_in)
         lanes[peer, number] = Lane(number, peer, kind, name, max_body, **more)  # type: ignore[arg-type]
 
-    for link in graph.links():
-        both(link.dialer, link.listener, CONTROL, "control", "control", CONTROL_BODY)
-        both(link.listener, link.dialer, CONTROL, "control", "control", CONTROL_BODY)
+    hidden = graph.anonymous
+    inside = hidden is not None and party in graph.groups[hidden].members
+
+    def seen(name: str) -> str:
+        return hidden if hidden is not None and not inside and name in graph.groups[hidden].members else name
+
+    def party_at(place: str, stream: int) -> str:
+        if place != hidden:
+            return graph.party_at(place, stream)
+        return party if inside else place
+
+    if exchanges:
+        return _exchanging(graph, party)
+    links, circuits = _training(graph, taking_part(graph))
+    for one, other in _speaking(graph, links, circuits):
+        both(seen(one), seen(other), CONTROL, "control", "control", CONTROL_BODY)
+        both(seen(other), seen(one), CONTROL, "control", "control", CONTROL_BODY)
 
     rows = -(-graph.training.batch_size // graph.training.micro_batches)
     # Neighbours are at most one step apart, so two parties are at most as many apart as there are parties.
     ahead = graph.training.micro_batches * graph.streams * (len(graph.parties) + 1)
     streams = []
     for stream in range(graph.streams):
-        edges = list(_edges(graph, stream))
+        edges = list(_edges(graph, stream, party_at))
         cuts = {edge.index: edge for kind, edge in edges if kind == "cut"}
         labels = {edge.target: edge for kind, edge in edges if kind == "labels"}
         for kind, edge in edges:
@@ -276,7 +364,7 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
                 loss_weight=graph.segments[name].loss_weight,
             )
             for name in graph.order
-            if graph.party_at(graph.segments[name].at, stream) == party
+            if party_at(graph.segments[name].at, stream) == party
         )
         gives = tuple(e for k, e in edges if k == "labels" and e.source_party == party and not e.local)
         streams.append(StreamPlan(stream, stages, gives))
@@ -292,24 +380,44 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
                 for giver, taker in graph.hand_ons(segment.at):
                     both(giver, taker, weights_lane(graph, name), "weights", name, WEIGHTS_BODY, most_waiting=2)
 
-    for exchange in graph.exchanges if exchanges else ():
-        both(
-            exchange.source,
-            exchange.target,
-            exchange_lane(graph, exchange.name),
-            "exchange",
-            exchange.name,
-            exchange.max_bytes,
-            shape=tuple(exchange.shape),
-            dtype=exchange.dtype,
-        )
-    if exchanges:
-        wanted = {frozenset((exchange.source, exchange.target)) for exchange in graph.exchanges}
-        links = tuple(link for link in graph.links() if party in link and frozenset(link) in wanted)
-        lanes_in = {key: lane for key, lane in lanes_in.items() if lane.kind == "exchange"}
-        lanes_out = {key: lane for key, lane in lanes_out.items() if lane.kind == "exchange"}
-        return Plan(party, (), lanes_in, lanes_out, links, ())
-    working = taking_part(graph)
-    links = tuple(link for link in graph.links() if party in link and working.issuperset(link))
-    forwarded = tuple(pair for pair in graph.forwarded() if party in pair and working.issuperset(pair))
-    return Plan(party, tuple(streams), lanes_in, lanes_out, links, forwarded)
+    return Plan(
+        party,
+        tuple(streams),
+        lanes_in,
+        lanes_out,
+        tuple(link for link in links if party in link),
+        _seen_circuits(party, circuits, seen),
+        cell_links(graph, party, circuits),
+    )
+
+
+def _seen_circuits(party: str, circuits: Iterable[Circuit], seen: Callable[[str], str]) -> tuple[Circuit, ...]:
+    """The circuits that ``party`` is an end of, as it sees them: those of a group that hides its members as one."""
+    routes: dict[tuple[str, str], dict[tuple[str, ...], None]] = {}
+    for circuit in circuits:
+        if party in (circuit.first, circuit.second):
+            routes.setdefault((seen(circuit.first), seen(circuit.second)), {}).update(dict.fromkeys(circuit.routes))
+    return tuple(Circuit(first, second, tuple(found)) for (first, second), found in routes.items())
+
+
+def _exchanging(graph: Graph, party: str) -> Plan:
+    """The plan of ``party`` for its exchanges alone."""
+    lanes_in: dict[tuple[str, int], Lane] = {}
+    lanes_out: dict[tuple[str, int], Lane] = {}
+    for one in graph.exchanges:
+        if party in (one.source, one.target):
+            peer, lanes = (one.target, lanes_out) if party == one.source else (one.source, lanes_in)
+            number = exchange_lane(graph, one.name)
+            shape = tuple(one.shape)
+            lanes[peer, number] = Lane(number, peer, "exchange", one.name, one.max_bytes, shape=shape, dtype=one.dtype)
+    wanted = {frozenset((one.source, one.target)) for one in graph.exchanges}
+    circuits = [one for one in graph.circuits_between() if frozenset((one.first, one.second)) in wanted]
+    return Plan(
+        party,
+        (),
+        lanes_in,
+        lanes_out,
+        tuple(link for link in graph.links() if party in link and frozenset(link) in wanted),
+        tuple(one for one in circuits if party in (one.first, one.second)),
+        cell_links(graph, party, circuits),
+    )

@@ -161,7 +161,7 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
     from splitsec.partyfile import load_party
     from splitsec.trace import SUFFIX
 
-    job = assignment["job"]
+    job, group_key = assignment["job"], assignment["group_key"]
     may_go_on = threading.Semaphore(0)
     pauses = {"ready", "turn"} if assignment["pause_at_turns"] else {"ready"}
 
@@ -182,6 +182,7 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
         parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
         party_file,
         private_key=base64.b64decode(assignment["key"]),
+        group_key=None if group_key is None else base64.b64decode(group_key),
         job=Job(
             action=job["action"],
             out=None if job["out"] is None else Path(job["out"]),

@@ -33,6 +33,8 @@ _ENTRIES: Final[tuple[tuple[type[BaseModel], str], ...]] = (
     (graph.Labels, "A labels edge"),
     (graph.LabelPrivacy, "`privacy` of labels"),
     (graph.Exchange, "An exchange"),
+    (graph.Route, "A route"),
+    (graph.Circuits, "`circuits`"),
     (graph.Training, "`training`"),
     (graph.Timeouts, "`timeouts`"),
     (graph.Privacy, "`privacy` of the graph"),
@@ -118,17 +120,33 @@ Besides what the tables say:
   one.
 * No two parties have one key, or one address. A party with a wildcard `listen` (`0.0.0.0`, `[::]`, `*`) has an
   `address`.
-* Of two parties that a cut, labels edge or exchange joins, at least one listens. If both do, the one that stands
-  first in `parties` dials.
+* Of two parties that a cut, labels edge or exchange joins, and of two neighbours in a route, at least one listens. If
+  both do, the one that stands first in `parties` dials.
 * Neighbours in the ring of a `round_robin` group that holds segments talk end to end, and so does, for each stream,
   the first party that holds data or labels with every other one. Where neither of such two listens, a party that is
-  linked with both forwards what it cannot read.
+  linked with both forwards what it cannot read: their circuit has one relay.
+* Two parties with a route have no link: all that they say to each other goes through the relays. A route joins parties
+  that talk to each other; with a group at an end, those of its members that do. Within one group, the member that
+  stands first in `parties` builds the circuit. A pair has routes in one direction only. No party is in a route twice,
+  nor relay and end of one; a relay is any party, also one that trains.
 * A party is in one group at most. All groups have one size and one schedule: member k of each works with member k of
   the others, as stream k.
 * Inputs that are joined by `concat` agree in dtype and in all sizes but the first; by `sum` or `mean`, in dtype and
   shape.
 * Either all cuts from a segment name an `output` or none does. No two cuts have the same ends and output.
 * No party, and no group, has nothing to do.
+
+A group is *anonymous* if `anonymous: true` stands at a cut between one of its segments and a party outside. Then:
+
+* All cuts that leave or reach it are anonymous. It is the only group, `round_robin`, and has two members at least;
+  `when_spent` is `end`.
+* All samples and labels are at its members.
+* Every member has a route to each party outside with a cut or labels edge to the group: to each *far end*. The routes
+  begin at the group. Neither far ends nor members are relays there.
+* All members reach each other, to hand weights on in an order that only they know: over links, or through relays that
+  are no far ends.
+* No exchange joins a member and a far end.
+* Only an anonymous group has a `key` or another `pseudonym` than `turn`.
 
 """
 

@@ -5,14 +5,15 @@ Not here: what a party does in a step (``engine``).  Pure: counts in, values out
 
 ``round_robin``: a turn is one member's pass over its own batches; weights go to the next member before its turn.
 After the training turns of an epoch the members evaluate, beginning with the one that holds the newest weights, so
-that handing them round for evaluation also brings them back to the first.  ``parallel`` (and no group): every step
+that handing them round for evaluation also brings them back to the first.  (So all hold them when an epoch begins, and
+the members of an anonymous group may change streams there.)  ``parallel`` (and no group): every step
 holds one batch of each stream that still has one, in order of members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from splitsec.graph import Graph
@@ -29,6 +30,7 @@ __all__ = [
     "Step",
     "Turn",
     "affordable_epochs",
+    "last_turn",
     "prediction_schedule",
     "run_schedule",
     "step_count",
@@ -87,10 +89,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class HandOn:
-    """Segment weights go from the group members of stream ``giver`` to those of stream ``taker``."""
+    """Segment weights go from the group members of stream ``giver`` to those of stream ``taker``.
+
+    In an anonymous group it depends on the epoch who that is (``turns``).
+    """
 
     giver: int
     taker: int
+    epoch: int
 
 
 def turns_of(counts: Count, phase: Phase) -> int | None:
@@ -136,12 +142,18 @@ def run_schedule(graph: Graph, *, epochs: int, counts: Sequence[Count] = ()) -> 
                 if left(stream, phase, epoch):
                     continue
                 if stream not in newest:
-                    yield HandOn(holder, stream)
+                    yield HandOn(holder, stream, epoch)
                     newest.add(stream)
                 yield Turn(phase, epoch, (stream,))
                 holder = stream
                 if phase == TRAIN:
                     newest = {stream}
+
+
+def last_turn(graph: Graph, *, epochs: int) -> Turn:
+    """The last turn of a training run."""
+    *_, last = (turn for turn in run_schedule(graph, epochs=1) if isinstance(turn, Turn))
+    return replace(last, epoch=epochs - 1)
 
 
 def prediction_schedule(graph: Graph) -> Iterator[Turn]:

@@ -2,8 +2,8 @@
 pilot.
 
 Here: starting, following and ending the processes, and the sums over what they report.  Not here: the party
-(``party``), what a process does to be one (``process``), how it looks (``cli/simulate.py``).  Whatever happens, no
-process is left behind.
+(``party``), what a process does to be one (``process``, ``relay``), how it looks (``cli/simulate.py``).  Whatever
+happens, no process is left behind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
 from splitsec.partyfile import Folder, load_folder
-from splitsec.plan import taking_part
+from splitsec.plan import relays_needed, taking_part
 from splitsec.schedule import TRAIN, Turn, run_schedule, step_count, turns_of
 
 __all__ = ["Result", "Watch", "predict", "simulate"]
@@ -43,6 +43,8 @@ Watch = Callable[[str, dict[str, Any]], None]
 SECONDS_TO_END: Final = 2.0
 SECONDS_FOR_THE_CAUSE: Final = 1.0
 """After one party fails, how long to listen for another's error that explains it."""
+RELAY_DEATHS: Final = 5
+"""How often in a row a relay may die before it relays; then the run fails."""
 
 
 @dataclass(frozen=True)
@@ -238,12 +240,23 @@ def _checked_place(out: str | Path | None, option: str = "--out") -> None:
 @dataclass
 class _Running:
     name: str
-    process: subprocess.Popen[bytes]
-    log: Path
+    module: str
+    """What the process runs."""
+    assignment: str
+    process: subprocess.Popen[bytes] = field(init=False)
+    log: Path = field(init=False)
     unread: bytes = b""
     ready: bool = False
     done: bool = False
     failure: dict[str, Any] | None = None
+
+
+@dataclass
+class _Relay(_Running):
+    """Nothing is lost with it: where it dies, it is started again."""
+
+    deaths: int = 0
+    """Since it last came up."""
 
 
 class _Processes:
@@ -283,7 +296,8 @@ class _Processes:
         self._end()
 
     def _start(self) -> None:
-        private = {name: X25519PrivateKey.generate() for name in self.graph.parties}
+        named = [*self.graph.parties, *([self.graph.anonymous] if self.graph.anonymous else [])]
+        private = {name: X25519PrivateKey.generate() for name in named}
         public = {
             name: "x25519:" + base64.b64encode(key.public_key().public_bytes_raw()).decode()
             for name, key in private.items()
@@ -293,37 +307,60 @@ class _Processes:
             address = self._loopback() if party.listen is not None else None
             addresses[name] = (address, address)
         self.graph = self.graph.with_keys(public, addresses)
+        graph = {
+            "graph": self.graph.model_dump(by_alias=True, mode="json"),
+            "graph_file": str(self.graph.file or "graph.yaml"),
+        }
+
+        def text(key: X25519PrivateKey) -> str:
+            return base64.b64encode(key.private_bytes_raw()).decode()
+
+        for name in sorted(relays_needed(self.graph)):
+            self._spawn(
+                _Relay(name, "splitsec.relay", json.dumps({**graph, "party": name, "key": text(private[name])}))
+            )
         taking = taking_part(self.graph)
         running = [name for name in self.graph.parties if name in taking and name in self.folder.parties]
+        anonymous = self.graph.anonymous
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shared = max(1, cores // max(1, len(running)))
         for name in running:
             party_file = self.folder.parties[name]
             threads = party_file.threads or shared
-            log = Path(self._scratch.name) / f"{name}.log"
-            with log.open("wb") as errors:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "splitsec.process"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-                    start_new_session=True,
-                )
-            assert process.stdin is not None and process.stdout is not None
-            self._running[name] = _Running(name, process, log)
+            group = anonymous if anonymous is not None and name in self.graph.members(anonymous) else None
             assignment = {
-                "graph": self.graph.model_dump(by_alias=True, mode="json"),
-                "graph_file": str(self.graph.file or "graph.yaml"),
+                **graph,
                 "party_file": str(party_file.file),
-                "key": base64.b64encode(private[name].private_bytes_raw()).decode(),
+                "key": text(private[name]),
+                "group_key": None if group is None else text(private[group]),
                 "threads": threads,
                 "pause_at_turns": self.before_turn is not None,
                 "job": dict(self.job),
             }
-            self._say(self._running[name], json.dumps(assignment))
-            os.set_blocking(process.stdout.fileno(), False)
-            self._selector.register(process.stdout, selectors.EVENT_READ, self._running[name])
+            self._spawn(_Running(name, "splitsec.process", json.dumps(assignment)), threads)
+
+    def _spawn(self, party: _Running, threads: int = 1) -> None:
+        """Start the process of ``party``.  Its assignment, with the keys, goes to its standard input alone."""
+        party.log = Path(self._scratch.name) / f"{party.name}.log"
+        with party.log.open("ab") as errors:
+            party.process = subprocess.Popen(
+                [sys.executable, "-m", party.module, party.name],  # the name is for who looks at a list of processes
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+                start_new_session=True,
+            )
+        self._running[party.name] = party
+        assert party.process.stdout is not None
+        os.set_blocking(party.process.stdout.fileno(), False)
+        self._selector.register(party.process.stdout, selectors.EVENT_READ, party)
+        self._say(party, party.assignment)
+
+    @property
+    def _training(self) -> list[_Running]:
+        """Those that a run is over with: all but the relays."""
+        return [party for party in self._running.values() if not isinstance(party, _Relay)]
 
     def _loopback(self) -> str:
         """A free loopback address.  The port stays bound (not listening) here, so that nobody else is given it
@@ -353,10 +390,10 @@ class _Processes:
         deadline = time.monotonic() + self.graph.timeouts.connect
         connected = standing = 0
         told_to_go = False
-        while not all(party.done for party in self._running.values()):
+        while not all(party.done for party in self._training):
             if not told_to_go and all(party.ready for party in self._running.values()):
                 told_to_go = True
-                for party in self._running.values():
+                for party in self._training:
                     self._say(party, "go")
             waiting = [party.name for party in self._running.values() if not party.ready]
             if waiting and time.monotonic() > deadline:
@@ -366,21 +403,21 @@ class _Processes:
                     deadline = time.monotonic() + self.graph.timeouts.connect
                 if event["event"] == "connected":
                     connected += 1
-                    if connected == len(self._running):
+                    if connected == len(self._training):
                         self.all_connected = time.monotonic()
                 if event["event"] == "turn" and self.before_turn is not None:
                     standing += 1
-                    if standing == len(self._running):
+                    if standing == len(self._training):
                         standing = 0
                         self.before_turn(event)
-                        for running in self._running.values():
+                        for running in self._training:
                             self._say(running, "go")
                 self.watch(party.name, event)
             if any(party.failure for party in self._running.values()):
                 self._fail()
 
     def _events(self, timeout: float) -> list[tuple[_Running, dict[str, Any]]]:
-        found = []
+        found: list[tuple[_Running, dict[str, Any]]] = []
         for key, _ in self._selector.select(timeout):
             party: _Running = key.data
             pipe = party.process.stdout
@@ -389,7 +426,9 @@ class _Processes:
             if not data:
                 self._selector.unregister(pipe)
                 code = party.process.wait()
-                if not party.done and party.failure is None:
+                if isinstance(party, _Relay) and party.failure is None and party.deaths < RELAY_DEATHS:
+                    found.append((party, self._again(party, code)))
+                elif not party.done and party.failure is None:
                     party.failure = {
                         "event": "died",
                         "code": "died",
@@ -402,12 +441,25 @@ class _Processes:
             for line in lines:
                 event = json.loads(line)
                 self.events[party.name].append(event)
-                party.ready = party.ready or event["event"] == "ready"
+                party.ready = party.ready or event["event"] in ("ready", "relays")
+                if isinstance(party, _Relay) and event["event"] == "relays":
+                    party.deaths = 0
                 party.done = party.done or event["event"] == "done"
                 if event["event"] == "failed":
                     party.failure = event
                 found.append((party, event))
         return found
+
+    def _again(self, relay: _Relay, code: int) -> dict[str, Any]:
+        """Start a relay anew, with its old key and address.  Returns what to tell of it."""
+        for pipe in (relay.process.stdin, relay.process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        relay.deaths += 1
+        relay.unread = b""
+        self._spawn(relay)
+        return {"event": "relay ended", "why": _death(code)}
 
     def _fail(self) -> None:
         """Raise the error that explains the others: a party's own fault or death before errors about a peer."""
@@ -439,19 +491,14 @@ class _Processes:
     # --- ending them
 
     def _end(self) -> None:
-        """End every process that still runs: ask, wait a little, kill; by process id, each of them ours."""
-        alive = [party.process for party in self._running.values() if party.process.poll() is None]
-        finished = all(party.done for party in self._running.values()) and self._running
-        if not finished:
-            for process in alive:
-                process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + SECONDS_TO_END
-        for process in alive:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """End every process that still runs: ask, wait a little, kill; by process id, each of them ours.
+
+        Relays last: the others' goodbyes go through them.
+        """
+        training = self._training
+        finished = bool(training) and all(party.done for party in training)
+        self._stop([party.process for party in training], ask=not finished)
+        self._stop([party.process for party in self._running.values() if isinstance(party, _Relay)], ask=True)
         for party in self._running.values():
             for pipe in (party.process.stdin, party.process.stdout):
                 if pipe is not None:
@@ -461,6 +508,20 @@ class _Processes:
         for holder in self._held:
             holder.close()
         self._scratch.cleanup()
+
+    @staticmethod
+    def _stop(processes: list[subprocess.Popen[bytes]], *, ask: bool) -> None:
+        alive = [process for process in processes if process.poll() is None]
+        if ask:
+            for process in alive:
+                process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + SECONDS_TO_END
+        for process in alive:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _death(code: int) -> str:

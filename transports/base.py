@@ -67,7 +67,7 @@ class Connected:
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """One frame.  ``frame`` is valid until the next call of ``receive`` on the port: the port may read into the same
-    memory again.
+    memory again.  Until then it is the taker's, to write to as well, unless it is read-only.
     """
 
     connection: Hashable

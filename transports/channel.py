@@ -15,9 +15,9 @@ A message is a header (at most 1 MiB) and a body.  Its bytes travel as one strea
 a single frame; they land in one block of memory, the body aligned, header right before it.  A chunk that lies in one
 lent buffer is sealed straight from it, and opened straight into the block.
 
-Forwarded frames (``FORWARD``) are whole frames of a session between two peers that have no link of their own.  They
-take turns with the lanes.  The window (``GRANT``) bounds what a peer may send beyond what was taken from us; see
-docs/protocol.md.
+Cells of circuits that go over the same link take turns with the lanes.  Where the channel itself is carried by a
+circuit, its chunks are cut so that each fits one cell.  The window (``GRANT``) bounds what a peer may send beyond what
+was taken from us; see docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from splitsec.transports.limits import (
     ACK_SECONDS,
     CHUNK_COST,
     CHUNK_MAX,
-    FORWARD_PREFIX,
     GATHER_MAX,
     HEADER_MAX,
     LANES_MAX,
@@ -46,13 +45,13 @@ from splitsec.transports.limits import (
     UNACKED_CHUNKS,
     WINDOW,
 )
-from splitsec.transports.session import Ended, Frame, Lend, Opened, Session
-from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready, unpack_forward_prefix
+from splitsec.transports.session import Cell, Ended, Frame, Lend, Opened, Session
+from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # only a hint; Python 3.12 has it in collections.abc
 
-__all__ = ["Channel", "Event", "Forwarded", "Message", "Outgoing", "Relay"]
+__all__ = ["Cell", "CellSource", "Channel", "Event", "Message", "Outgoing"]
 
 _ALIGNMENT: Final = 64  # bytes; as torch's own memory: vector kernels may round differently on other addresses
 _WRAP: Final = 1 << 32  # message numbers are 32 bits
@@ -71,18 +70,7 @@ class Message:
     body: memoryview
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """A frame of another session.  ``key``: for whom it is (at the peer in the middle), from whom (at the end)."""
-
-    key: bytes
-    connection: int
-    payload: bytearray
-    """The frame with its 40-byte prefix still in front."""
-
-
-Event: TypeAlias = Opened | Ended | Message | Forwarded
+Event: TypeAlias = Opened | Ended | Message | Cell
 
 
 @final
@@ -111,10 +99,14 @@ class Outgoing:
         self._pieces = deque([memoryview(header), *views] if header else views)
         self._offset = 0  # bytes of the first piece that have left
 
-    def next_size(self) -> int:
-        """Bytes of the next chunk."""
+    def next_size(self, cell: int | None = None) -> int:
+        """Bytes of the next chunk.  ``cell``: what fits one cell, where a circuit carries the channel: then a copy
+        costs less than a cell that is not full.
+        """
         if not self._pieces:
             return 0
+        if cell is not None:
+            return min(self.left, cell)
         here = len(self._pieces[0]) - self._offset
         if here == self.left or here >= GATHER_MAX:
             return min(here, CHUNK_MAX)
@@ -128,9 +120,8 @@ class Outgoing:
                 return GATHER_MAX
         return here
 
-    def cut(self) -> Frame:
-        """The next chunk: a view of a lent buffer, or a copy where several small pieces fit one chunk."""
-        size = self.next_size()
+    def cut(self, size: int) -> Frame:
+        """The next chunk, of ``next_size`` bytes: a view of a lent buffer, or a copy where it is of several pieces."""
         self.left -= size
         parts = []
         while size:
@@ -156,15 +147,16 @@ class _Lane:
 
 
 @final
-class Relay:
-    """Forwarded frames that wait for their turn in a channel.
+class CellSource:
+    """A circuit's turns in the frames of a link.
 
-    ``take()`` gives the next frame with its prefix, or None; ``Channel.forward`` says that there is one.
+    ``take(lend)`` gives the header of its next cell, the frame with everything but the sealed header in place, and the
+    handshake message of a CREATE or CREATED; or None.  ``Channel.carry_cells`` says that there is one.
     """
 
     __slots__ = ("take", "waiting")
 
-    def __init__(self, take: Callable[[], Frame | None]) -> None:
+    def __init__(self, take: Callable[[Lend], tuple[ChunkHeader, memoryview, bytes] | None]) -> None:
         self.take = take
         self.waiting = False
 
@@ -232,25 +224,27 @@ class Channel:
         lanes: Mapping[int, int],
         *,
         run: bytes,
-        forwards: bool = False,
         window: int = WINDOW,
+        cell: int | None = None,
         now: float = 0.0,
     ) -> None:
         """``lanes``: lane number to the largest body accepted, bytes; a lane that is not there is refused.
 
-        ``run``: RUN_SIZE random bytes.  ``forwards``: FORWARD frames are expected.  ``window``: bytes of CHUNK payload
-        that the peer may send beyond what was taken.  ``now``: seconds.
+        ``run``: RUN_SIZE random bytes.  ``window``: bytes of CHUNK payload that the peer may send beyond what was
+        taken.  ``cell``: bytes of a chunk that fits one cell, where a circuit carries this channel.  ``now``: seconds.
         """
         self.session: Session | None = None
         """What carries it now."""
         self.run = run
         self.peer_run = NO_RUN
         self._lanes = lanes
-        self._forwards = forwards
+        self._cell = cell
         self._window = window
         self._now = now
         self.leaving: CloseCode | None = None
         """The goodbye that follows what is queued."""
+        self.holds_chunk = False
+        """Whether the last frame that ``next_frame`` gave carries a part of a message."""
 
         self._granted_to_us = 0  # bytes of CHUNK payload, and CHUNK_COST for each chunk, as are the next four
         self._sent = 0
@@ -264,7 +258,7 @@ class Channel:
         """Bytes of messages that the peer has acknowledged since somebody last set this to 0."""
 
         self._outgoing: dict[int, _Lane] = {}
-        self._turns: deque[_Lane | Relay] = deque()
+        self._turns: deque[_Lane | CellSource] = deque()
         self._unacked: deque[_Sent] = deque()  # sent in this session
         self._again: deque[_Sent] = deque()  # sent in an earlier one, and due again
         self._acked = 0  # chunks that the peer has received
@@ -276,7 +270,6 @@ class Channel:
         self._incoming: dict[int, _Incoming] = {}
         self._numbers: dict[int, int] = {}  # of the next message on each lane
         self._blocks: dict[int, _Blocks] = {}
-        self._forwarded = bytearray()
         self._events: list[Event] = []
 
     # --- sessions come and go -----------------------------------------------------------------------------------------
@@ -379,9 +372,10 @@ class Channel:
 
     def next_frame(self, lend: Lend) -> Frame | None:
         """The frame to send next, or None.  The session's own go first, then what has to be sent again, then lanes and
-        relays take turns.
+        circuits take turns.
         """
         session = self.session
+        self.holds_chunk = False
         if session is None:
             return None
         frame = session.next_frame(lend)
@@ -390,25 +384,29 @@ class Channel:
         if self._again:
             sent = self._again.popleft()
             self._unacked.append(sent)
+            self.holds_chunk = True
             return session.seal(*sent, lend)
         for _ in range(len(self._turns)):
             source = self._turns.popleft()
-            if isinstance(source, Relay):
-                payload = source.take()
-                if payload is None:
+            if isinstance(source, CellSource):
+                cell = source.take(lend)
+                if cell is None:
                     source.waiting = False
                     continue
                 self._turns.append(source)
-                return session.seal(ChunkHeader(Kind.FORWARD, payload_size=len(payload)), payload, lend)
+                header, frame, handshake = cell
+                session.seal_cell(header, frame, handshake)
+                return frame
             message = source.messages[0]
-            size = message.next_size()
+            size = message.next_size(self._cell)
             if self._sent + size + CHUNK_COST > self._granted_to_us or len(self._unacked) >= UNACKED_CHUNKS:
                 self._turns.append(source)
                 continue
             header = ChunkHeader(Kind.CHUNK, message.lane, message.header_size, message.body_size, size, source.number)
-            payload = message.cut()
+            payload = message.cut(size)
             self._unacked.append((header, payload))
-            frame = session.seal(header, payload, lend)
+            sealed = session.seal(header, payload, lend)
+            self.holds_chunk = True
             self._sent += size + CHUNK_COST
             self.queued -= size
             if not message.left:
@@ -416,7 +414,7 @@ class Channel:
                 source.number = (source.number + 1) % _WRAP
             if source.messages:
                 self._turns.append(source)
-            return frame
+            return sealed
         if self.leaving is not None and not self.queued and not self._turns:
             session.close(self.leaving)
             return session.next_frame(lend)
@@ -439,17 +437,17 @@ class Channel:
         lane.messages.append(message)
         self.queued += message.left
 
-    def forward(self, relay: Relay) -> None:
-        """Give ``relay`` a turn, if it does not wait for one already."""
-        if not relay.waiting:
-            relay.waiting = True
-            self._turns.append(relay)
+    def carry_cells(self, source: CellSource) -> None:
+        """Give ``source`` a turn, if it does not wait for one already."""
+        if not source.waiting:
+            source.waiting = True
+            self._turns.append(source)
 
     def taken(self, size: int) -> None:
         """Somebody took messages of ``size`` bytes in all, headers and MESSAGE_COST for each included: the peer may
         send more.
         """
-        self._held -= size
+        self._held = max(0, self._held - size)  # what an earlier channel of a crowd brought may be counted here
         self._grant()
 
     def leave(self, code: CloseCode) -> None:
@@ -465,13 +463,6 @@ class Channel:
 
     def claim(self, header: ChunkHeader) -> memoryview:
         """Where the chunk's payload goes.  Everything that the header says is checked before memory is made for it."""
-        if header.kind is Kind.FORWARD:
-            if not self._forwards:
-                raise PeerMisbehaved("a forwarded frame, and we forward nothing with this peer")
-            if header.payload_size <= FORWARD_PREFIX:
-                raise PeerMisbehaved("a forwarded frame that holds none")
-            self._forwarded = bytearray(header.payload_size)
-            return memoryview(self._forwarded)
         lane, size = header.lane, header.payload_size
         limit = self._lanes.get(lane)
         if limit is None:
@@ -503,10 +494,6 @@ class Channel:
 
     def filled(self, header: ChunkHeader) -> None:
         """A payload lies where ``claim`` said."""
-        if header.kind is Kind.FORWARD:
-            key, connection = unpack_forward_prefix(self._forwarded)
-            self._events.append(Forwarded(key, connection, self._forwarded))
-            return
         lane, size = header.lane, header.payload_size
         incoming = self._incoming[lane]
         incoming.filled += size
@@ -539,7 +526,7 @@ class Channel:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _opened(self, events: list[Opened | Ended]) -> list[Event]:
+    def _opened(self, events: Sequence[Opened | Ended | Cell]) -> list[Event]:
         for event in events:
             if isinstance(event, Opened):
                 self.opened(event.ready)

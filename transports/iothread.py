@@ -1,9 +1,10 @@
 """The one thread that owns sockets, clock and entropy, and drives the machines.  It runs no user code.
 
-Here: which peer is dialed when (and again, after a connection broke), which session carries whose channel, what is
-forwarded, timers, and the two queues between this thread and the one that computes.  Not here: what may be said on a
-connection (``session``), what frames add up to and what is sent again (``channel``), how they travel (``base`` and the
-transports).  The story goes on above, in ``splitsec``: names of parties, tensors, training.
+Here: which peer is dialed when (and again, after a connection broke), which session carries whose channel, which
+circuit is built over whom and goes on to whom, timers, and the two queues between this thread and the one that
+computes.  Not here: what may be said on a connection (``session``), what frames add up to and what is sent again
+(``channel``), what a circuit does with its cells (``circuit``), how frames travel (``base`` and the transports).  The
+story goes on above, in ``splitsec``: names of parties, tensors, training.
 
     computing thread  --commands, bell-->  I/O thread  --events-->  computing thread
 
@@ -13,8 +14,8 @@ send one small message on the spot (``send_now``), and, where messages come and 
 while it has nothing to do but wait for it (``lead``).
 
 ``IOThread`` is the side that computing code holds; ``_Driver`` lives in the thread.  A *line* is one session on one
-path, and a path is a connection of a port, or a pair of forwarded directions through the channel of a peer in the
-middle.
+path, and a path is a connection of a port, or a circuit that begins or ends here.  A *link* is a peer with a connection
+of its own; circuits go over links.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
-from splitsec.transports import base
-from splitsec.transports.channel import Channel, Forwarded, Message, Outgoing, Relay
+from splitsec.transports import base, circuit
+from splitsec.transports.channel import Cell, CellSource, Channel, Message, Outgoing
+from splitsec.transports.circuit import Built, Data, Extend, Leg, Memory, Origin, Relay, Sizes
 from splitsec.transports.errors import (
     Damaged,
     LocalProtocolError,
@@ -48,8 +50,12 @@ from splitsec.transports.handshake import MAGIC, MAX_FRAME, Initiator, Responder
 from splitsec.transports.limits import (
     BURST_FRAMES,
     BUSY_RETRY_SECONDS,
+    CELL_COST,
+    CELL_MAX,
+    CIRCUIT_CELLS,
+    CIRCUITS_MAX,
     CLOSE_SECONDS,
-    FORWARD_PREFIX,
+    CROWD_MAX,
     FRAME_MAX,
     HANDSHAKES_BURST,
     HANDSHAKES_PER_SECOND,
@@ -62,16 +68,15 @@ from splitsec.transports.limits import (
     OUTBOX_BYTES,
     REDIAL_MAX_SECONDS,
     REDIAL_SECONDS,
-    RELAY_BYTES,
     REST_SECONDS,
     RUN_SIZE,
     STRANGERS_MAX,
     WINDOW,
 )
 from splitsec.transports.noise import public_key_of
-from splitsec.transports.session import Ended, Frame, Session, State
+from splitsec.transports.session import Ended, Frame, Lend, Session, State
 from splitsec.transports.session import Opened as SessionOpened
-from splitsec.transports.wire import CloseCode, FrameType, Ready, pack_forward_prefix
+from splitsec.transports.wire import ChunkHeader, CloseCode, Kind, Ready, Why
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # only a hint; Python 3.12 has it in collections.abc
@@ -88,22 +93,39 @@ class Peer:
     """Somebody to talk to.  ``key``: X25519 public key, 32 bytes.
 
     ``dial``: address to dial; None: the peer dials us.  Where we listen, a peer that we dial may dial us, too, even at
-    the same moment: one session comes of it.  ``via``: key of the peer who forwards between us.
-    ``initiator``: for a peer reached ``via`` another, whether we open the handshake.  ``lanes``: lane number (0 to
-    65535) to the largest body accepted on it, bytes; a message on a lane that is not there closes the channel.
+    the same moment: one session comes of it.  ``lanes``: lane number (0 to 65535) to the largest body accepted on it,
+    bytes; a message on a lane that is not there closes the channel.  ``cells_only``: the link carries circuits and no
+    messages.  No events are told of it, and it may come, go and be started anew as it likes.
+
+    ``routes``: keys of the relays of each circuit that may lead there, in order from whoever builds it, the best first;
+    such a peer has no link with us.  ``initiator``: we build the circuit and open the handshake.  ``cell``: bytes of
+    every cell that carries a part of a message; None: by size (``limits.padme``).
+
+    ``proves``: private key to prove in place of our own.  ``on_call``: reached only between ``open_peer`` and
+    ``leave_peer``.  ``crowd``: many may prove this key, each with a channel of its own; one speaks at a time, and what
+    is sent goes to whoever spoke last.
     """
 
     key: bytes
     dial: str | None = None
-    via: bytes | None = None
-    initiator: bool = False
     lanes: Mapping[int, int] = field(default_factory=dict)
+    cells_only: bool = False
+    routes: tuple[tuple[bytes, ...], ...] = ()
+    initiator: bool = False
+    cell: int | None = None
+    proves: bytes | None = field(default=None, repr=False)
+    on_call: bool = False
+    crowd: bool = False
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_SIZE:
             raise LocalProtocolError(f"a peer's key has {KEY_SIZE} bytes, not {len(self.key)}")
-        if self.via is not None and self.dial is not None:
-            raise LocalProtocolError("a peer is dialed or reached via another, not both")
+        if self.routes and (self.dial is not None or self.cells_only):
+            raise LocalProtocolError("a peer is dialed or reached by a circuit, not both")
+        if not all(self.routes):
+            raise LocalProtocolError("a route has at least one relay")
+        if (self.on_call and not self.initiator) or (self.crowd and self.initiator):
+            raise LocalProtocolError("who is on call is reached by us, and a crowd reaches us")
 
 
 @final
@@ -195,12 +217,25 @@ class _ClosePeer:
 
 @final
 @dataclass(frozen=True, slots=True)
+class _OpenPeer:
+    peer: bytes
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _LeavePeer:
+    peer: bytes
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class _Close:
     code: CloseCode
     linger: float
 
 
-_Command: TypeAlias = _Send | _Taken | _ClosePeer | _Close
+_Command: TypeAlias = _Send | _Taken | _ClosePeer | _OpenPeer | _LeavePeer | _Close
+_Circuit: TypeAlias = Origin | Relay
 
 
 @final
@@ -217,7 +252,9 @@ class IOThread:
         digest: bytes,
         peers: Sequence[Peer],
         listen: str | None = None,
-        forwards: Collection[frozenset[bytes]] = (),
+        passages: Collection[tuple[bytes, bytes]] = (),
+        cell_limit: int = CELL_MAX,
+        cover: float | None = None,
         connect_timeout: float = 60.0,
         lost_after: float = 20.0,
         gone_after: float = 60.0,
@@ -226,18 +263,19 @@ class IOThread:
     ) -> None:
         """``private_key``: X25519, 32 bytes.  ``digest``: the contract's, 32 bytes.  ``listen``: address to listen at.
 
-        ``forwards``: pairs of peers whose frames we pass on; we cannot read them.  ``connect_timeout``: seconds from
-        ``start`` until a peer that is not there is given up.  ``lost_after``: seconds of silence after which a
-        connection is held for broken.  ``gone_after``: seconds without a connection after which a peer is given up.
-        ``post_quantum``: whether ML-KEM-768 stands beside X25519; all sides must say the same.  ``options``: for a
-        transport, by scheme.
+        ``passages``: from which link circuits may go on to which, by key.  ``cell_limit``: bytes of the largest cell
+        that all agree on.  ``cover``: seconds; our ends of circuits then send one cell every so many, with something in
+        it or not. ``connect_timeout``: seconds from ``start`` until a peer that is not there is given up. ``lost_after``:
+        seconds of silence after which a connection is held for broken. ``gone_after``: seconds without a connection
+        after which a peer is given up. ``post_quantum``: whether ML-KEM-768 stands beside X25519; all sides must say
+        the same. ``options``: for a transport, by scheme.
         """
         self._peers = {peer.key: peer for peer in peers}
         if len(self._peers) != len(peers):
             raise LocalProtocolError("two peers with one key")
         for peer in peers:
-            if peer.via is not None and (peer.via not in self._peers or self._peers[peer.via].via is not None):
-                raise LocalProtocolError("a peer is reached via a peer with whom there is a link, and via no other")
+            if not all(self._is_link(route[0 if peer.initiator else -1]) for route in peer.routes):
+                raise LocalProtocolError("a route begins and ends with a peer with whom there is a link")
         self._commands: deque[_Command] = deque()
         self._events: queue.SimpleQueue[Event | _Failed] = queue.SimpleQueue()
         self._bell = base.Bell()
@@ -257,12 +295,15 @@ class IOThread:
             digest,
             self._peers,
             listen,
-            frozenset(forwards),
+            _Circuits(frozenset(passages), cell_limit, cover),
             _Timeouts(connect_timeout, lost_after, gone_after),
             post_quantum,
             options or {},
         )
         self._thread = threading.Thread(target=self._driver.run, name="splitsec-io", daemon=True)
+
+    def _is_link(self, key: bytes) -> bool:
+        return key in self._peers and not self._peers[key].routes
 
     @property
     def endpoint(self) -> str | None:
@@ -332,6 +373,21 @@ class IOThread:
             return self._events.get(timeout=None if timeout is None else max(0.0, until - time.monotonic()))
         finally:
             self._waits = False
+
+    def open_peer(self, peer: bytes) -> None:
+        """Reach a peer that is on call: a new circuit, a new session, a new channel.  Opened follows, or Closed."""
+        with self._room:
+            if peer not in self._peers or not self._peers[peer].on_call:
+                raise LocalProtocolError("only a peer on call can be opened")
+            self._ended.pop(peer, None)
+            self._outbox[peer] = self._untold[peer] = 0
+        self._command(_OpenPeer(peer))
+
+    def leave_peer(self, peer: bytes) -> None:
+        """Say goodbye to a peer that is on call, once it has all that was sent.  Closed follows, without an error if
+        all went well; then it may be opened again, and nothing tells it that it is the same who comes.
+        """
+        self._command(_LeavePeer(peer))
 
     def close_peer(self, peer: bytes, reason: int, why: str) -> None:
         """End the channel with one peer, at once; the others go on.  The peer is told the code ``reason`` and nothing
@@ -420,61 +476,34 @@ class _Bucket:
 
 
 @final
-class _Passage:
-    """Frames that we pass on from one peer to another, between being opened and being sealed again."""
-
-    __slots__ = ("frames", "relay", "size")
-
-    def __init__(self) -> None:
-        self.frames: deque[bytearray] = deque()
-        self.size = 0
-        self.relay = Relay(self._take)
-
-    def put(self, frame: bytearray) -> bool:
-        """False, and nothing is kept, where more would wait than the ends' window allows."""
-        if self.size + len(frame) > RELAY_BYTES:
-            return False
-        self.frames.append(frame)
-        self.size += len(frame)
-        return True
-
-    def _take(self) -> Frame | None:
-        if not self.frames:
-            return None
-        frame = self.frames.popleft()
-        self.size -= len(frame)
-        return frame
-
-
-@final
 class _Line:
     """One session on one path.  ``channel`` is what it carries, once we know whose it is."""
 
     __slots__ = (
+        "block",
         "buffer",
         "channel",
+        "circuit",
         "connection",
         "forget_at",
         "known",
         "pending",
         "port",
-        "relay",
         "session",
-        "through",
     )
 
     def __init__(
-        self, session: Session, connection: Hashable, *, port: base.Port | None, through: _State | None
+        self, session: Session, connection: Hashable, *, port: base.Port | None, circuit: _Circuit | None
     ) -> None:
         self.session = session
         self.channel: Channel | None = None
         self.connection = connection
         self.port = port  # of a connection of our own
-        self.through = through  # the peer in the middle, if there is one
+        self.circuit = circuit  # or what it travels in
         self.known: _State | None = None  # whose line it is
         self.pending: Frame | None = None  # a frame that the port did not take yet
         self.buffer = bytearray()
-        self.relay: Relay | None = None  # our turns in the channel of the peer in the middle
+        self.block: bytearray | None = None  # that the last cell lies in
         self.forget_at = _FOREVER  # over, and kept only until its goodbye has left
 
     @property
@@ -486,6 +515,33 @@ class _Line:
         if len(self.buffer) < size:
             self.buffer = bytearray(size if size < FRAME_MAX // 8 else FRAME_MAX)
         return memoryview(self.buffer)[:size]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Circuits:
+    """What is agreed on about circuits; see ``IOThread``."""
+
+    passages: frozenset[tuple[bytes, bytes]]
+    limit: int
+    cover: float | None
+
+    def sizes(self, peer: Peer | None = None) -> Sizes:
+        """Of the cells of a circuit that leads to ``peer``, or passes here."""
+        window = CIRCUIT_CELLS * self.limit
+        if peer is None:
+            return Sizes(None, self.limit, window)
+        return Sizes(None if peer.cell is None else min(peer.cell, self.limit), self.limit, window, self.cover)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a leg is: on whose link, of which circuit."""
+
+    link: _State
+    circuit: _Circuit
+    source: CellSource
 
 
 @final
@@ -504,20 +560,22 @@ class _State:
 
     __slots__ = (
         "channel",
+        "circuit",
         "ended",
         "gone_by",
         "last_try",
+        "leaving",
+        "legs",
         "line",
-        "notes",
         "opened",
         "opened_at",
+        "owed",
         "pause",
         "peer",
         "port",
         "progress",
         "redial_at",
-        "relays",
-        "through_number",
+        "route",
     )
 
     def __init__(self, peer: Peer, channel: Channel, gone_by: float) -> None:
@@ -533,9 +591,11 @@ class _State:
         self.pause = REDIAL_SECONDS
         self.last_try = ""  # how it ended, for the error message
         self.ended = False
-        self.relays: dict[bytes, _Passage] = {}  # frames that we pass on to this peer, by whom they come from
-        self.notes = _Passage()  # what we tell peers behind this one, outside their sessions
-        self.through_number: int | None = None  # of the last connection that the peer opened through another
+        self.owed = 0  # bytes that were given to the channel, and are not acknowledged
+        self.leaving = False  # says goodbye when it has sent everything
+        self.legs: dict[int, Leg] = {}  # of circuits over this link, by their numbers
+        self.circuit: Origin | None = None  # that is being built, or leads there
+        self.route = 0  # which of the peer's is tried next
 
     @property
     def is_open(self) -> bool:
@@ -555,7 +615,7 @@ class _Driver:
         digest: bytes,
         peers: Mapping[bytes, Peer],
         listen: str | None,
-        forwards: frozenset[frozenset[bytes]],
+        circuits: _Circuits,
         timeouts: _Timeouts,
         post_quantum: bool,
         options: Mapping[str, Mapping[str, str]],
@@ -567,14 +627,19 @@ class _Driver:
         self._private_key = private_key
         self._digest = digest
         self._listen = listen
-        self._forwards = forwards
+        self._circuits = circuits
         self._timeouts = timeouts
         self._post_quantum = post_quantum
         self._options = options
         self._own_key = public_key_of(private_key)
         self._peers = peers
-        self._states: dict[bytes, _State] = {}
-        self._linked = frozenset(key for key, peer in peers.items() if peer.via is None)
+        self._states: dict[bytes, _State] = {}  # by key; those of a crowd by key and run, beside one for all of it
+        self._speakers: dict[bytes, _State] = {}  # who of a crowd spoke last
+        self._linked = frozenset(key for key, peer in peers.items() if not peer.routes)
+        self._legs: dict[Leg, _Place] = {}
+        self._ends: dict[_Circuit, None] = {}  # circuits that begin or end here, in order
+        self._memory = Memory()
+        self._soon: dict[_Line, None] = {}  # links that were given cells
         self._transports: dict[str, base.Transport] = {}
         self._ports: dict[base.Port, _State | None] = {}  # None: the port that listens
         self._lines: dict[tuple[object, Hashable], _Line] = {}  # by path
@@ -610,15 +675,20 @@ class _Driver:
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            state = self._states.get(peer)
+            state = self._speakers.get(peer) or self._states.get(peer)
             line = None if state is None else state.line
-            if line is None or line.channel is None or line.port is None or line.pending is not None:
+            if line is None or line.channel is None or line.channel.queued:
                 return False
-            if line.channel.queued or line.port.look_after_send or self._closing is not None:
+            carrier = line if line.circuit is None else self._carrier(line.circuit)
+            if carrier is None or carrier.port is None or carrier.pending is not None:
+                return False
+            if carrier.port.look_after_send or self._closing is not None:
                 return False
             self._now = time.monotonic()
             self._obey()
-            return not self._pump(line, line.port) and self._closing is None
+            if line.circuit is not None:
+                self._nudge(line.circuit)
+            return not self._pump(carrier, carrier.port) and self._closing is None
         except Exception as error:
             self._fault = error  # raised where all faults are
             return False
@@ -652,16 +722,21 @@ class _Driver:
             self._add_port(port, None)
             endpoint = port.endpoint
         for key, peer in self._peers.items():
-            forwards = any(key in pair for pair in self._forwards) or any(
-                other.via == key for other in self._peers.values()
-            )
-            window = LINK_WINDOW if peer.via is None else WINDOW  # fewer where somebody in the middle has to hold them
-            channel = Channel(peer.lanes, run=os.urandom(RUN_SIZE), forwards=forwards, window=window)
-            self._states[key] = _State(peer, channel, self._now + self._timeouts.connect)
-        for state in self._states.values():
-            if state.peer.dial is not None:
+            state = self._states[key] = self._new_state(peer)
+            state.ended = peer.on_call
+            if peer.dial is not None:
                 self._dial(state)
         return endpoint
+
+    def _new_state(self, peer: Peer) -> _State:
+        cell = None if not peer.routes else self._circuits.limit - CELL_COST
+        if peer.routes and peer.cell is not None:
+            cell = min(peer.cell, self._circuits.limit) - CELL_COST
+        channel = Channel(
+            peer.lanes, run=os.urandom(RUN_SIZE), window=WINDOW if peer.routes else LINK_WINDOW, cell=cell
+        )
+        gone_by = _FOREVER if peer.cells_only else self._now + self._timeouts.connect
+        return _State(peer, channel, gone_by)
 
     def _loop(self) -> None:
         """The I/O thread's: steps, and sleep in between."""
@@ -766,10 +841,20 @@ class _Driver:
         while commands:
             match commands.popleft():
                 case _Send(peer, message):
-                    if not self._states[peer].ended:
-                        self._states[peer].channel.send(message)
+                    state = self._speakers.get(peer) or self._states[peer]
+                    if not state.ended:
+                        state.owed += message.left
+                        state.channel.send(message)
                 case _Taken(peer, size):
-                    self._states[peer].channel.taken(size)
+                    (self._speakers.get(peer) or self._states[peer]).channel.taken(size)
+                case _OpenPeer(peer):
+                    if self._states[peer].ended and self._closing is None:
+                        state = self._states[peer] = self._new_state(self._states[peer].peer)
+                        self._wake_at = 0.0
+                        self._dial(state)
+                case _LeavePeer(peer):
+                    self._states[peer].leaving = True
+                    self._leave_if_done(self._states[peer])
                 case _ClosePeer(peer, code, reason):
                     self._close_peer(self._states[peer], code, reason)
                 case _Close() as close:
@@ -788,6 +873,10 @@ class _Driver:
                     line = self._lines.get((port, connection))
                     if line is not None:
                         self._arrived(line, frame)
+                        while self._soon:  # while it is still in the cache
+                            carrier, _ = self._soon.popitem()
+                            if carrier.port in self._ports:
+                                self._pump(carrier, carrier.port)
                     elif self._ports[port] is None:
                         self._stranger(port, None, connection, frame, self._linked)
                 case base.Connected(connection):
@@ -818,7 +907,9 @@ class _Driver:
                 self._over(line, event.error, event.code)
             if now >= line.forget_at:
                 self._forget(line)
-        for state in self._states.values():
+        for end in list(self._ends):
+            self._happened(end, end.tick(now))
+        for state in list(self._states.values()):
             if state.ended or state.is_open:
                 continue
             if now >= state.gone_by:
@@ -838,6 +929,8 @@ class _Driver:
             due = min(due, port.deadline() or _FOREVER)
         for line in self._lines.values():
             due = min(due, line.forget_at, line.machine.deadline() or _FOREVER)
+        for end in self._ends:
+            due = min(due, end.deadline())
         for state in self._states.values():
             if not state.ended and not state.is_open:
                 due = min(due, state.redial_at, state.gone_by)
@@ -845,9 +938,9 @@ class _Driver:
 
     def _pump_all(self) -> bool:
         """Hand over frames that can go now; True where there are more, or a port wants to be looked at again."""
-        for line in self._lines.values():
-            if line.relay is not None and line.through is not None and line.through.is_open:
-                line.through.channel.forward(line.relay)
+        for end in self._ends:
+            self._nudge(end)
+        self._soon.clear()
         busy = False
         for line in list(self._lines.values()):
             if line.port is not None:
@@ -887,9 +980,9 @@ class _Driver:
                 state.channel.close(code)
             self._pump_all()
             return True
-        if any(passage.frames for state in here if state.is_open for passage in state.relays.values()):
+        if any(leg.waiting for state in here if state.is_open for leg in state.legs.values()):
             return False
-        for state in [state for state in here if state.peer.via is not None] or here:
+        for state in [state for state in here if state.peer.routes] or here:
             if state.channel.leaving is None:
                 state.channel.leave(code)
                 self._wake_at = 0.0
@@ -898,7 +991,7 @@ class _Driver:
 
     def _is_owed(self, state: _State, code: CloseCode) -> bool:
         """Whether a peer that is not connected now is worth waiting for: something is due to it, if only a goodbye."""
-        if code is not CloseCode.NORMAL:
+        if code is not CloseCode.NORMAL or state.peer.cells_only or state.peer.crowd:
             return False
         return state.opened or state.channel.queued > 0
 
@@ -925,23 +1018,23 @@ class _Driver:
 
     def _dial(self, state: _State) -> None:
         peer = state.peer
-        if state.port is not None or state.line is not None:
+        if state.port is not None or state.line is not None or state.circuit is not None:
             return
         if peer.dial is not None:
             state.port = self._transport(peer.dial).dial(peer.dial)
             self._add_port(state.port, state)
             self._wake_at = 0.0
-        elif peer.via is not None and peer.initiator and self._states[peer.via].is_open:
-            number = int.from_bytes(os.urandom(8), "big")
-            self._open_line(state, (peer.key, number), through=self._states[peer.via])
+        elif peer.initiator:
+            self._build(state)
 
     def _open_line(
-        self, state: _State, connection: Hashable, *, port: base.Port | None = None, through: _State | None = None
+        self, state: _State, connection: Hashable, *, port: base.Port | None = None, circuit: Origin | None = None
     ) -> None:
         """Begin a handshake with a peer whom we dial."""
-        handshake = Initiator(self._private_key, state.peer.key, self._digest, post_quantum=self._post_quantum)
+        private_key = state.peer.proves or self._private_key
+        handshake = Initiator(private_key, state.peer.key, self._digest, post_quantum=self._post_quantum)
         session = Session(handshake, now=self._now, lost_after=self._timeouts.lost, greet=self._greet_as_dialer)
-        line = self._add_line(session, connection, port, through)
+        line = self._add_line(session, connection, port, circuit)
         line.known = state
         state.line = line
 
@@ -951,16 +1044,18 @@ class _Driver:
 
     def _greet_as_listener(self, peer: bytes, theirs: Ready | None) -> Ready | CloseCode:
         """The peer dialled us and proved its key.  From here on its session counts, and no older one."""
-        state = self._states[peer]
-        line = state.line
         assert theirs is not None
+        state = self._state_of(peer, theirs)
+        if state is None:
+            return CloseCode.ERROR
+        line = state.line
         if state.ended:
             return CloseCode.RESTARTED if state.opened else CloseCode.ERROR
         if line is not None and line.session.state is State.CONFIRMING and self._own_key < peer:
             return CloseCode.CROSSED  # ours, of which the peer knows already
-        another = state.is_open and theirs.run != state.channel.peer_run
+        another = state.is_open and theirs.run != state.channel.peer_run and not state.peer.cells_only
         if another or not state.channel.fits(theirs):
-            if state.opened and not state.is_open:
+            if state.opened and not state.is_open and not state.peer.cells_only:
                 restarted = Restarted(
                     "the peer was started anew, and has lost what was exchanged with its earlier start"
                 )
@@ -973,48 +1068,47 @@ class _Driver:
         state.channel.detach()
         return state.channel.ready()
 
+    def _state_of(self, peer: bytes, theirs: Ready) -> _State | None:
+        """Who of the peers of this key it is; one of a crowd is known by its run.  None where there are too many."""
+        state = self._states[peer]
+        if not state.peer.crowd or state.ended:
+            return state
+        one = self._states.get(peer + theirs.run)
+        if one is None:
+            if sum(other.peer is state.peer for other in self._states.values()) > CROWD_MAX:
+                return None
+            one = self._states[peer + theirs.run] = self._new_state(state.peer)
+            one.gone_by = _FOREVER
+        return one
+
     def _drop(self, line: _Line) -> None:
         """A line that another one has replaced: nothing more is said or heard on it."""
+        if line.known is not None:
+            self._lose_link(line.known)
         line.known = None
         line.channel = None
-        if line.through is not None or line.port is None:
-            self._lines.pop(self._path(line), None)
-            line.relay = None
-        else:
-            self._forget(line)
+        self._forget(line)
 
     def _add_line(
-        self, session: Session, connection: Hashable, port: base.Port | None, through: _State | None
+        self, session: Session, connection: Hashable, port: base.Port | None, circuit: _Circuit | None
     ) -> _Line:
-        line = _Line(session, connection, port=port, through=through)
-        if through is not None:
-            line.relay = Relay(lambda: self._forwarded_frame(line))
+        line = _Line(session, connection, port=port, circuit=circuit)
         self._lines[self._path(line)] = line
+        if circuit is not None:
+            circuit.pull = lambda lend: self._pulled(line, lend)
+            self._ends[circuit] = None
         self._wake_at = 0.0
         return line
 
     @staticmethod
     def _path(line: _Line) -> tuple[object, Hashable]:
-        return (line.port if line.through is None else line.through.peer.key), line.connection
-
-    def _forwarded_frame(self, line: _Line) -> Frame | None:
-        """The line's next frame, with the prefix that tells the peer in the middle for whom it is."""
-        assert isinstance(line.connection, tuple)
-        prefix = pack_forward_prefix(*line.connection)
-        frame = line.machine.next_frame(lambda size: line.lend(FORWARD_PREFIX + size)[FORWARD_PREFIX:])
-        if frame is None:
-            if line.forget_at != _FOREVER and line.session.state is State.CLOSED:
-                self._forget(line)
-            return None
-        if isinstance(frame, bytes):
-            return prefix + frame
-        whole = line.lend(FORWARD_PREFIX + len(frame))  # sealed behind the prefix already
-        whole[:FORWARD_PREFIX] = prefix
-        return whole
+        return line.circuit or line.port, line.connection
 
     def _forget(self, line: _Line) -> None:
         self._lines.pop(self._path(line), None)
-        line.relay = None
+        if line.circuit is not None:
+            self._ends.pop(line.circuit, None)
+            self._happened(line.circuit, line.circuit.close())
         if line.port is None or line.port not in self._ports:
             return
         if self._ports[line.port] is None:
@@ -1027,7 +1121,7 @@ class _Driver:
     def _stranger(
         self,
         port: base.Port | None,
-        through: _State | None,
+        circuit: Relay | None,
         connection: Hashable,
         frame: memoryview,
         known: Collection[bytes],
@@ -1037,6 +1131,8 @@ class _Driver:
             self._log_stranger("ignored a frame that is no hello")
             if port is not None:
                 port.hang_up(connection)
+            elif circuit is not None:
+                self._happened(circuit, circuit.close(Why.MISBEHAVED))
             return
         bucket = self._handshakes if wants_computing(frame, self._digest) else self._refusals
         if not bucket.take(self._now):
@@ -1052,7 +1148,7 @@ class _Driver:
             lost_after=self._timeouts.lost,
             greet=self._greet_as_listener,
         )
-        self._arrived(self._add_line(session, connection, port, through), frame)
+        self._arrived(self._add_line(session, connection, port, circuit), frame)
 
     def _arrived(self, line: _Line, frame: memoryview) -> None:
         channel = line.channel
@@ -1069,22 +1165,42 @@ class _Driver:
             if channel.ack_at < self._wake_at:
                 self._wake_at = channel.ack_at
             if channel.released and line.known is not None:
-                self._owner._left(line.known.peer.key, channel.released)
-                channel.released = 0
+                self._released(line.known)
         for event in events:
             match event:
                 case Message(lane, header, body) if line.known is not None:
+                    if line.known.peer.crowd:
+                        self._speakers[line.known.peer.key] = line.known
                     self._owner._tell(Received(line.known.peer.key, lane, header, body))
-                case Forwarded(key, number, payload):
-                    self._forwarded(line, key, number, payload)
+                case Cell() as cell:
+                    self._cell(line, cell)
                 case SessionOpened(peer, ready):
                     self._opened(line, peer, ready)
                 case Ended(error, reason):
                     self._over(line, error, reason)
 
+    def _released(self, state: _State) -> None:
+        """The peer has acknowledged something."""
+        self._owner._left(state.peer.key, state.channel.released)
+        state.owed -= state.channel.released
+        state.channel.released = 0
+        self._leave_if_done(state)
+
+    def _leave_if_done(self, state: _State) -> None:
+        """Say goodbye to a peer that was on call, if it has everything."""
+        if not state.leaving or state.ended or state.owed:
+            return
+        if state.is_open:
+            state.channel.leave(CloseCode.NORMAL)
+            self._wake_at = 0.0
+        elif not state.opened:
+            self._give_up(state, None, CloseCode.NORMAL)
+
     def _opened(self, line: _Line, peer: bytes, ready: Ready) -> None:
         """Both sides have said READY."""
-        state = self._states[peer]
+        state = self._state_of(peer, ready)
+        if state is None:
+            return
         channel = state.channel
         line.known = state
         line.channel = channel
@@ -1099,63 +1215,230 @@ class _Driver:
             return
         if line.port is not None:
             line.port.trust(line.connection)
+        if isinstance(line.circuit, Relay):
+            line.circuit.become_end(self._circuits.sizes(state.peer), self._now)
         if channel.released:
-            self._owner._left(peer, channel.released)
-            channel.released = 0
+            self._released(state)
         state.opened_at = self._now
         if not state.opened:
             state.gone_by = _FOREVER
+        if state.peer.crowd:
+            self._states[peer].gone_by = _FOREVER
+            self._states[peer].opened = True
         state.pause = REDIAL_SECONDS
         state.redial_at = _FOREVER
         self._wake_at = 0.0
-        self._owner._tell(Resumed(peer) if state.opened else Opened(peer))
+        if not state.peer.cells_only:
+            self._owner._tell(Resumed(peer) if state.opened else Opened(peer))
         state.opened = True
-        if line.through is not None:
-            assert isinstance(line.connection, tuple)
-            state.through_number = line.connection[1]
-        for other in self._states.values():
-            if other.peer.via == peer and not other.ended:
-                if not other.peer.initiator and other.through_number is not None:
-                    self._disown(state, other.peer.key, other.through_number)
-                self._dial(other)
+        self._leave_if_done(state)
+        if line.port is not None:
+            for other in list(self._states.values()):
+                if other.peer.initiator and not other.ended and other.redial_at == _FOREVER:
+                    self._dial(other)
 
-    def _disown(self, middle: _State, key: bytes, number: int) -> None:
-        """Tell a peer behind ``middle`` that its session with us is no more, so that it opens another at once."""
-        if middle.notes.put(bytearray(pack_forward_prefix(key, number) + bytes([FrameType.UNKNOWN]))):
-            middle.channel.forward(middle.notes.relay)
+    # --- circuits -----------------------------------------------------------------------------------------------------
 
-    def _forwarded(self, line: _Line, key: bytes, number: int, payload: bytearray) -> None:
-        """A frame of somebody else's session, either for us or to be passed on."""
-        sender = line.known
-        if sender is None:
+    def _build(self, state: _State) -> None:
+        """Begin a circuit to a peer, by the first of its routes, from the one that is due on, whose first relay is
+        there.  If none is, the next link that opens calls again.
+        """
+        routes = state.peer.routes
+        for turn in range(len(routes)):
+            number = (state.route + turn) % len(routes)
+            link = self._states[routes[number][0]]
+            if link.is_open:
+                state.route = number
+                state.circuit = Origin(
+                    self._number(link),
+                    (*routes[number], state.peer.key),
+                    digest=self._digest,
+                    sizes=self._circuits.sizes(state.peer),
+                    memory=self._memory,
+                    now=self._now,
+                    post_quantum=self._post_quantum,
+                )
+                self._ends[state.circuit] = None
+                self._attach(link, state.circuit, state.circuit.leg)
+                self._nudge(state.circuit)
+                self._wake_at = 0.0
+                return
+        state.last_try = "; no relay that leads there is connected with us"
+
+    def _number(self, link: _State) -> int:
+        """A number for another circuit on a link: random, but odd where our key is the larger one."""
+        while True:
+            number = int.from_bytes(os.urandom(4), "big") & ~1 | (self._own_key > link.peer.key)
+            if number not in link.legs:
+                return number
+
+    def _attach(self, link: _State, circuit: _Circuit, leg: Leg) -> None:
+        link.legs[leg.number] = leg
+        self._legs[leg] = _Place(link, circuit, CellSource(lambda lend: self._next_cell(leg, lend)))
+
+    def _detach(self, leg: Leg) -> None:
+        place = self._legs.pop(leg, None)
+        if place is not None and place.link.legs.get(leg.number) is leg:
+            del place.link.legs[leg.number]
+
+    def _carrier(self, circuit: _Circuit) -> _Line | None:
+        """The line of the link on which a circuit that begins or ends here leaves."""
+        place = self._legs.get(circuit.legs[0])
+        return None if place is None else place.link.line
+
+    def _nudge(self, circuit: _Circuit) -> None:
+        """What a circuit has to send gets its turn on the links that it goes over."""
+        for leg in circuit.legs:
+            place = self._legs.get(leg)
+            if place is not None and place.link.is_open:
+                place.link.channel.carry_cells(place.source)
+                if place.link.line is not None:
+                    self._soon[place.link.line] = None
+
+    def _next_cell(self, leg: Leg, lend: Lend) -> tuple[ChunkHeader, memoryview, bytes] | None:
+        place = self._legs.get(leg)
+        if place is None:
+            return None
+        line = place.link.line
+        assert line is not None
+        if line.block is not None:  # the frame before this one has left
+            self._memory.give(line.block)
+            line.block = None
+        cell = place.circuit.next_cell(leg, lend)
+        if cell is None and leg.over:  # it ended just now
+            cell = place.circuit.next_cell(leg, lend)
+        line.block, leg.block = leg.block, None
+        if leg.done:
+            self._detach(leg)
+        elif len(place.circuit.legs) > 1:  # where it came from there may be room again
+            for other in place.circuit.legs:
+                beyond = self._legs.get(other)
+                if other is not leg and other.owes_credit and beyond is not None and beyond.link.is_open:
+                    beyond.link.channel.carry_cells(beyond.source)
+        return cell
+
+    def _pulled(self, line: _Line, lend: Lend) -> tuple[Frame, bool] | None:
+        """The next frame of a session that travels in a circuit."""
+        frame = line.machine.next_frame(lend)
+        if frame is None:
+            if line.forget_at != _FOREVER and line.session.is_over:
+                self._forget(line)
+            return None
+        return frame, line.channel is not None and line.channel.holds_chunk
+
+    def _cell(self, line: _Line, cell: Cell) -> None:
+        link = line.known
+        if link is None or link.peer.routes:
             return
-        far = self._states.get(key)
-        if far is not None and far.peer.via == sender.peer.key:
-            frame = memoryview(payload)[FORWARD_PREFIX:]
-            inner = self._lines.get((sender.peer.key, (key, number)))
-            if inner is not None:
-                self._arrived(inner, frame)
-            elif frame[0] == FrameType.SEALED and not far.peer.initiator:
-                self._disown(sender, key, number)
-            elif not far.peer.initiator:
-                self._stranger(None, sender, (key, number), frame, frozenset({key}))
-        elif far is not None and frozenset({sender.peer.key, key}) in self._forwards:
-            if not far.is_open:
-                return  # whoever sent it will notice
-            passage = far.relays.get(sender.peer.key)
-            if passage is None:
-                passage = far.relays[sender.peer.key] = _Passage()
-            payload[:KEY_SIZE] = sender.peer.key
-            if not passage.put(payload):
-                self._log_stranger("dropped a forwarded frame: more wait than a window holds")
-            far.channel.forward(passage.relay)
-        else:
-            line.session.close(CloseCode.MISBEHAVED)
-            self._over(
-                line,
-                PeerMisbehaved("a frame to be forwarded to somebody with whom it has no business"),
-                CloseCode.MISBEHAVED,
+        number = cell.header.number
+        if cell.header.kind is Kind.CREATE:
+            if number in link.legs or (number & 1) != (link.peer.key > self._own_key):
+                self._blame(line, PeerMisbehaved("a circuit by a number that is taken, or not the peer's to give"))
+                return
+            leg = Leg(number, self._circuits.sizes())
+            relay = Relay(
+                leg,
+                self._private_key,
+                digest=self._digest,
+                memory=self._memory,
+                post_quantum=self._post_quantum,
             )
+            self._attach(link, relay, leg)
+            full = len(link.legs) > CIRCUITS_MAX
+            self._happened(relay, relay.close(Why.BUSY) if full else relay.create(cell))
+        elif (found := link.legs.get(number)) is not None:  # else it is over, and the peer will soon know
+            circuit = self._legs[found].circuit
+            self._happened(circuit, circuit.receive(found, cell, self._now))
+
+    def _happened(self, end: _Circuit, events: Sequence[circuit.Event]) -> None:
+        """A circuit did something."""
+        for event in events:
+            match event:
+                case Data(frame):
+                    self._inside(end, frame)
+                case Extend(key, message):
+                    assert isinstance(end, Relay)
+                    self._extend(end, key, message)
+                case Built():
+                    state = self._leads_to(end)
+                    if state is not None and isinstance(end, Origin):
+                        self._open_line(state, None, circuit=end)
+                case circuit.Ended(why, hop):
+                    self._circuit_over(end, why, hop)
+        self._nudge(end)
+        for leg in end.legs:
+            if leg.done:
+                self._detach(leg)
+
+    def _inside(self, end: _Circuit, frame: memoryview) -> None:
+        """A frame that came in a circuit, for a session here."""
+        line = self._lines.get((end, None))
+        if line is not None:
+            self._arrived(line, frame)
+        elif isinstance(end, Relay) and (place := self._legs.get(end.back)) is not None:
+            neighbour = place.link.peer.key
+            behind = {
+                peer.key
+                for peer in self._peers.values()
+                if not peer.initiator and any(route[-1] == neighbour for route in peer.routes)
+            }
+            if behind:
+                self._stranger(None, end, None, frame, behind)
+            else:
+                self._happened(end, end.close(Why.UNREACHABLE))
+
+    def _extend(self, relay: Relay, key: bytes, message: bytes) -> None:
+        """Somebody's circuit is to go on to a neighbour of ours, if the contract has such a route."""
+        place = self._legs.get(relay.back)
+        link = self._states.get(key)
+        if (
+            place is None
+            or link is None
+            or not link.is_open
+            or (place.link.peer.key, key) not in self._circuits.passages
+        ):
+            relay.refuse(Why.UNREACHABLE)
+        elif len(link.legs) >= CIRCUITS_MAX:
+            relay.refuse(Why.BUSY)
+        else:
+            leg = Leg(self._number(link), self._circuits.sizes())
+            self._attach(link, relay, leg)
+            relay.extend(leg, message)
+
+    def _leads_to(self, end: _Circuit) -> _State | None:
+        return next((state for state in self._states.values() if state.circuit is end), None)
+
+    def _circuit_over(self, end: _Circuit, why: Why, hop: int | None) -> None:
+        self._ends.pop(end, None)
+        self._wake_at = 0.0
+        line = self._lines.pop((end, None), None)
+        state = self._leads_to(end)
+        where = "" if hop is None else f" at hop {hop + 1}"
+        error = Lost(f"the circuit ended{where}: {why.name.lower()}")
+        if state is not None:
+            state.circuit = None
+        if line is not None:
+            self._over(line, error, CloseCode.LOST)
+        elif state is not None and not state.ended:
+            state.route += 1
+            state.last_try = f"; the last try ended so: {error}"
+            state.redial_at = self._now + self._pause(state)
+            state.pause = min(2 * state.pause, REDIAL_MAX_SECONDS)
+
+    def _lose_link(self, link: _State) -> None:
+        """A connection is no more, and no circuit over it."""
+        if link.peer.routes:
+            return
+        for leg in list(link.legs.values()):
+            place = self._legs.get(leg)
+            self._detach(leg)
+            if place is not None:
+                self._happened(place.circuit, place.circuit.lose(leg))
+        link.legs.clear()
+
+    def _blame(self, line: _Line, fault: PeerMisbehaved) -> None:
+        line.session.close(CloseCode.MISBEHAVED)
+        self._over(line, fault, CloseCode.MISBEHAVED)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
@@ -1174,17 +1457,16 @@ class _Driver:
             return
         state.line = None
         state.channel.detach()
-        if self._is_final(line, error, code, state.opened, carried):
+        self._lose_link(state)
+        if state.peer.cells_only:
+            error = error or Lost("the relay has said goodbye")
+        elif self._is_final(line, error, code, state.opened, carried):
             self._give_up(state, error, code)
             return
         assert error is not None
-        for other in self._states.values():
-            if other.peer.via == state.peer.key and other.line is not None:
-                lost = Lost("the connection with the peer who forwards between us broke")
-                other.line.forget_at = _FOREVER
-                self._over(other.line, lost, CloseCode.LOST)
-        for path in [path for path, other in self._lines.items() if other.through is state]:
-            del self._lines[path]
+        if line.circuit is not None:
+            state.route += 1
+            self._forget(line)  # nobody waits at its other end
         if line.port is not None and self._ports.get(line.port) is state:
             self._lines.pop(self._path(line), None)  # its end is goodbye enough
             self._remove_port(line.port, 0)
@@ -1214,7 +1496,7 @@ class _Driver:
 
     def _pause(self, state: _State) -> float:
         """Seconds before the next try.  Where both sides dial, one waits longer, so that they seldom cross."""
-        other_dials = self._listen is not None and self._own_key > state.peer.key
+        other_dials = self._listen is not None and self._own_key > state.peer.key and not state.peer.routes
         return state.pause * (0.75 + os.urandom(1)[0] / 512) + (BUSY_RETRY_SECONDS if other_dials else 0.0)
 
     def _interrupted(self, state: _State, error: TransportsError) -> None:
@@ -1224,6 +1506,8 @@ class _Driver:
         if got_on or state.gone_by == _FOREVER:
             state.gone_by = self._now + gone
         state.progress = state.channel.progress
+        if state.peer.cells_only:
+            return  # relays come and go; a circuit that ends says so
         if self._logs.take(self._now):
             key = base64.b64encode(state.peer.key).decode()
             _log.warning("the connection with x25519:%s broke: %s; trying again for %g s", key, error, gone)
@@ -1234,6 +1518,13 @@ class _Driver:
         """The computing side has seen enough of this peer."""
         if state.ended:
             return
+        for one in [one for one in self._states.values() if state.peer.crowd and one.peer is state.peer]:
+            if one is not state and one.line is not None:
+                one.line.session.close(code)
+                one.line.known = None
+                one.line.channel = None
+                one.line.forget_at = self._now + BUSY_RETRY_SECONDS
+                one.line = None
         line = state.line
         if line is not None:
             line.session.close(code)
@@ -1252,18 +1543,38 @@ class _Driver:
         if state.line is not None:
             self._drop(state.line)
             state.line = None
+        gone, state.circuit = state.circuit, None
+        if gone is not None and (gone, None) not in self._lines:  # else once the goodbye in it has left
+            self._happened(gone, gone.close())
+        self._lose_link(state)
         state.ended = True
         self._wake_at = 0.0
-        state.relays.clear()
+        self._owner._left(key, state.owed)
+        state.owed = 0
         if state.port is not None and not any(line.port is state.port for line in self._lines.values()):
             self._remove_port(state.port, 0)
-        if self._closing is None:
+        if state.peer.crowd:
+            self._part(state, error, code)
+        elif self._closing is None:
             self._owner._tell(Closed(key, error, code))
-        for other in self._states.values():
-            if other.peer.via == key and not other.ended:
-                self._give_up(other, Lost("the peer who forwards between us is gone"), CloseCode.LOST)
-        for path in [path for path, line in self._lines.items() if line.through is state]:
-            del self._lines[path]
+
+    def _part(self, state: _State, error: TransportsError | None, code: CloseCode) -> None:
+        """One of a crowd is gone, or all of it."""
+        key = state.peer.key
+        everybody = self._states[key]
+        alone = state is not everybody
+        for name, one in list(self._states.items()):
+            if one.peer is state.peer and one is not everybody and (one is state or not alone or one.ended):
+                del self._states[name]
+                one.ended = True
+        if self._speakers.get(key) is state or not alone:
+            self._speakers.pop(key, None)
+        if isinstance(error, PeerMisbehaved) or not alone:
+            everybody.ended = True
+            if self._closing is None:
+                self._owner._tell(Closed(key, error, code))
+        elif not any(one.is_open for one in self._states.values() if one.peer is state.peer):
+            everybody.gone_by = self._now + max(self._timeouts.connect, self._timeouts.gone)
 
     def _log_stranger(self, message: str) -> None:
         """One line for the operator, unless strangers have caused too many."""

@@ -17,27 +17,39 @@ __all__ = [
     "ANSWER_SECONDS",
     "BURST_FRAMES",
     "BUSY_RETRY_SECONDS",
+    "CELL_COST",
+    "CELL_HEAD",
+    "CELL_LENGTH",
+    "CELL_MAX",
+    "CELL_MIN",
+    "CELL_ROOM",
     "CHUNK_COST",
     "CHUNK_HEADER_SIZE",
     "CHUNK_MAX",
+    "CIRCUITS_MAX",
+    "CIRCUIT_CELLS",
     "CLOSE_SECONDS",
     "CONNECT_RETRY_MAX_SECONDS",
     "CONNECT_RETRY_SECONDS",
     "CONNECT_SECONDS",
     "COUNTER_LIMIT",
-    "FORWARD_PREFIX",
+    "CROWD_MAX",
     "FRAME_MAX",
     "GATHER_MAX",
     "HANDSHAKES_BURST",
     "HANDSHAKES_PER_SECOND",
     "HEADER_MAX",
+    "HEADER_ROOM",
     "HELLO_RETRY_SECONDS",
+    "HOPS_MAX",
     "INLINE_MAX",
     "KEY_SIZE",
     "LANES_MAX",
+    "LAYER_COST",
     "LINK_WINDOW",
     "LOGS_BURST",
     "LOGS_PER_SECOND",
+    "LONE_CELL",
     "MESSAGE_COST",
     "OUTBOX_BYTES",
     "OVERHEAD",
@@ -52,6 +64,7 @@ __all__ = [
     "REST_SECONDS",
     "RUN_SIZE",
     "SMALL_BLOCK",
+    "SMALL_CELL",
     "SPARE_BLOCKS",
     "STRANGERS_CONNECTED_MAX",
     "STRANGERS_MAX",
@@ -62,6 +75,9 @@ __all__ = [
     "TAG_SIZE",
     "UNACKED_CHUNKS",
     "WINDOW",
+    "cell_limit",
+    "fixed_cell",
+    "padme",
 ]
 
 # --- fixed by the protocol (docs/protocol.md); a change needs a new protocol version ----------------------------------
@@ -93,14 +109,36 @@ OVERHEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE + TAG_SIZE
 RUN_SIZE: Final = 16
 """Bytes of the random name of one end of a channel: nobody meets the same one twice."""
 
-FORWARD_PREFIX: Final = KEY_SIZE + 8
-"""Bytes in front of a forwarded frame: the far peer's key and the number of the connection."""
-
-PAYLOAD_MAX: Final = FORWARD_PREFIX + CHUNK_MAX + OVERHEAD
-"""Bytes of the longest payload: a forwarded frame that holds a whole chunk.  (Forwarding does not nest.)"""
+PAYLOAD_MAX: Final = CHUNK_MAX
+"""Bytes of the longest payload."""
 
 FRAME_MAX: Final = PAYLOAD_MAX + OVERHEAD
 """Bytes of the longest frame; a transport refuses anything longer before it stores it."""
+
+CELL_HEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE
+"""Bytes of a cell's frame before what the layers of its circuit seal: type, sealed chunk header."""
+
+CELL_MAX: Final = 1 << 20
+"""Bytes of the largest cell.  A cell's size is what its frame holds beyond CELL_HEAD."""
+
+SMALL_CELL: Final = 2048
+"""Bytes of the smallest cell, and of every cell that carries no part of a message: the longest of these, an EXTEND with
+its handshake or a hello, fits."""
+
+HOPS_MAX: Final = 8
+"""Hops of a circuit: seven relays and the far end."""
+
+LAYER_COST: Final = 1 + TAG_SIZE
+"""Bytes that one layer adds to a cell: command and tag."""
+
+CELL_ROOM: Final = HOPS_MAX * LAYER_COST
+"""Bytes of every cell that are kept for layers, however many there are: so sizes do not tell how far it has come."""
+
+CELL_LENGTH: Final = 4
+"""Bytes that say how much of a cell is meant."""
+
+CELL_COST: Final = CELL_ROOM + CELL_LENGTH + OVERHEAD
+"""Bytes that a cell is longer than the part of a message in it."""
 
 COUNTER_LIMIT: Final = 1 << 32
 """Records under one key.  2^32 records of 2^16 blocks are 2^48 blocks, which keeps AES-GCM's distinguishing advantage
@@ -140,12 +178,28 @@ MESSAGE_COST: Final = 1024
 
 WINDOW: Final = 16 << 20
 """Bytes that a peer may send beyond what was taken from us.  16 MiB keeps 1 Gbit/s busy over a round trip of 130 ms,
-and bounds what a forwarding peer must hold for a pair."""
+and bounds what waits for a peer behind relays."""
 
-RELAY_BYTES: Final = WINDOW + (8 << 20)
-"""Bytes held for one forwarded pair in one direction.  Above the window plus overhead only who ignores the window can
-get.
-"""
+CIRCUIT_CELLS: Final = 4
+"""Largest cells that may wait at a relay for one circuit and direction.  Fewer stall the pipe, more fill memory."""
+
+RELAY_BYTES: Final = 64 << 20
+"""Bytes that all circuits of the busiest relay may have waiting there, if they agree on it: see ``cell_limit``."""
+
+CELL_MIN: Final = 16 << 10
+"""Bytes of the largest cell where a relay carries more circuits than RELAY_BYTES is made for."""
+
+LONE_CELL: Final = 64 << 10
+"""Bytes of the cells of a circuit whose messages have no largest size: weights that are handed on."""
+
+CIRCUITS_MAX: Final = 4096
+"""Circuits that one neighbour may have through us or to us."""
+
+CROWD_MAX: Final = 1024
+"""Channels that all who prove one key may have at the same time."""
+
+HEADER_ROOM: Final = 512
+"""Bytes that are reckoned for a message's header where cells are cut so that they fit the largest message."""
 
 OUTBOX_BYTES: Final = 128 << 20
 """Bytes of messages that wait for one peer, or for its acknowledgement, before ``send`` blocks.  They are lent, not
@@ -173,8 +227,7 @@ BURST_FRAMES: Final = 32
 """Frames taken from one port before the others have their turn."""
 
 HELLO_RETRY_SECONDS: Final = 0.25
-"""Seconds between two copies of a hello that nobody answered: a peer in the middle drops it while the far end is not
-there, and a busy listener ignores it."""
+"""Seconds between two copies of a hello that nobody answered: a busy listener ignores it."""
 
 BUSY_RETRY_SECONDS: Final = 0.5
 """Seconds before a dialer tries again after the answer "busy", and that a goodbye has to leave."""
@@ -243,3 +296,36 @@ CONNECT_RETRY_SECONDS: Final = 0.1
 
 CONNECT_RETRY_MAX_SECONDS: Final = 1.0
 """Seconds between two attempts at most: a peer that comes up late waits no longer."""
+
+# --- sizes of cells ---------------------------------------------------------------------------------------------------
+
+
+def cell_limit(circuits: int) -> int:
+    """Bytes of the largest cell where the busiest relay carries so many circuits: a power of two, so that what waits at
+    that relay stays below RELAY_BYTES, in both directions together, down to CELL_MIN.
+    """
+    share = RELAY_BYTES // (2 * CIRCUIT_CELLS * max(1, circuits))
+    return min(CELL_MAX, max(CELL_MIN, 1 << (share.bit_length() - 1) if share else 0))
+
+
+def fixed_cell(largest: int | None, limit: int) -> int:
+    """Bytes of every cell that carries messages of at most ``largest`` bytes (None: of any size): the least that cuts
+    the largest message in as few equal parts as ``limit``, the largest cell, allows.
+    """
+    if largest is None:
+        return min(LONE_CELL, limit)
+    whole = largest + HEADER_ROOM
+    parts = -(-whole // (limit - CELL_COST))
+    part = -(-whole // parts)
+    return min(limit, max(SMALL_CELL, -(-(part + CELL_COST) // 64) * 64))
+
+
+def padme(size: int) -> int:
+    """``size`` rounded up so that it tells little more than its order of magnitude: at most 12 % more, from 64 KiB on
+    at most 3.1 % (Nikitin et al., Reducing Metadata Leakage from Encrypted Files, 2019, section 4.2).
+    """
+    if size < 2:
+        return size
+    exponent = size.bit_length() - 1
+    free = exponent - exponent.bit_length()
+    return (size + (1 << free) - 1) >> free << free

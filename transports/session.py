@@ -3,7 +3,8 @@
 Here: the state of one connection, its timers, and its control frames.  Not here: how the hello is checked
 (``handshake``), how records are sealed (``record``), what chunks add up to, what was acknowledged and which lanes there
 are (``channel``), sockets, clocks, threads, randomness (``iothread``).  A session does not know what carries its
-frames: a socket, or another peer who forwards them.
+frames: a socket, or a circuit through relays.  It carries cells of circuits without knowing them: it seals their
+headers, and not what others have sealed already.
 
     LISTENING --hello--> ANSWERED --READY, and ours in reply--> OPEN --their CLOSE, and ours in reply----> CLOSED
     DIALLING --accept--> CONFIRMING -------READY--------------> OPEN --our CLOSE--> CLOSING --their CLOSE--> CLOSED
@@ -36,6 +37,7 @@ from splitsec.transports.errors import (
 from splitsec.transports.handshake import MAX_FRAME, Established, Initiator, Responder
 from splitsec.transports.limits import (
     ANSWER_SECONDS,
+    CELL_HEAD,
     CHUNK_HEADER_SIZE,
     COUNTER_LIMIT,
     HELLO_RETRY_SECONDS,
@@ -47,6 +49,7 @@ from splitsec.transports.limits import (
 )
 from splitsec.transports.record import Opener, Sealer
 from splitsec.transports.wire import (
+    CELL_KINDS,
     NO_RUN,
     READY_SIZE,
     ChunkHeader,
@@ -54,6 +57,7 @@ from splitsec.transports.wire import (
     FrameType,
     Kind,
     Ready,
+    cell_size_of,
     pack_chunk_header,
     pack_ready,
     payload_size_of,
@@ -61,7 +65,20 @@ from splitsec.transports.wire import (
     unpack_ready,
 )
 
-__all__ = ["TRANSITIONS", "Act", "Ended", "Event", "Frame", "Greet", "Inbox", "Lend", "Opened", "Session", "State"]
+__all__ = [
+    "TRANSITIONS",
+    "Act",
+    "Cell",
+    "Ended",
+    "Event",
+    "Frame",
+    "Greet",
+    "Inbox",
+    "Lend",
+    "Opened",
+    "Session",
+    "State",
+]
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 Lend: TypeAlias = Callable[[int], memoryview]
@@ -73,6 +90,8 @@ A CloseCode in its place ends the session.
 """
 
 _SEALED: Final = bytes([FrameType.SEALED])
+_CELL: Final = bytes([FrameType.CELL])
+_HANDSHAKES: Final = (Kind.CREATE, Kind.CREATED)  # cells whose payload the link seals, since no circuit does yet
 _HEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE  # bytes before the sealed payload
 
 
@@ -157,7 +176,26 @@ class Ended:
     code: CloseCode
 
 
-Event: TypeAlias = Opened | Ended
+@final
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a circuit that goes over this link.  The payload is only looked at where the link has sealed it
+    (CREATE, CREATED); where not, whoever has the circuit's keys finds out whether it is genuine.
+    """
+
+    header: ChunkHeader
+    room: memoryview
+    """One byte that is of no use any more, and the payload; of CELL, a part of the frame, valid as long as that."""
+    size: int
+    """Of the cell, in bytes: what it has cost."""
+
+    @property
+    def payload(self) -> memoryview:
+        """What is meant of the cell."""
+        return self.room[1:]
+
+
+Event: TypeAlias = Opened | Ended | Cell
 
 
 class Inbox(Protocol):
@@ -273,6 +311,8 @@ class Session:
         try:
             if len(frame) and frame[0] == FrameType.SEALED:
                 return self._receive_sealed(frame, now, inbox)
+            if len(frame) and frame[0] == FrameType.CELL:
+                return [self._receive_cell(frame, now, inbox)]
             return self._receive_clear(frame, now)
         except Damaged:
             self._end(Act.MISTAKE, CloseCode.DAMAGED)
@@ -290,8 +330,6 @@ class Session:
             return self._receive_answer(frame, now)
         if bytes(frame) == self._heard_clear:
             return []  # a path that repeats hellos may do it once too often
-        if bytes(frame) == bytes([FrameType.UNKNOWN]):
-            raise Damaged("the far end has lost this session")
         raise Damaged(f"a handshake frame to a session that is {self._state.value}")
 
     def _receive_hello(self, frame: memoryview, now: float) -> list[Event]:
@@ -355,7 +393,7 @@ class Session:
                 raise PeerMisbehaved(f"a {kind.name} frame before READY")
         elif inbox is not None:
             inbox.acknowledged(header.received)
-        if kind is not Kind.CHUNK and kind is not Kind.FORWARD:
+        if kind is not Kind.CHUNK:
             return self._receive_control(header, inbox)
         if inbox is None:
             raise PeerMisbehaved(f"a {kind.name} frame that nobody waits for")
@@ -364,6 +402,31 @@ class Session:
             opener.open_into(frame[_HEAD:], place)
         inbox.filled(header)
         return []
+
+    def _receive_cell(self, frame: memoryview, now: float, inbox: Inbox | None) -> Cell:
+        opener = self._opener
+        if opener is None:
+            raise Damaged(f"a cell to a session that is {self._state.value}")
+        size = cell_size_of(len(frame))
+        opener.open_into(frame[1:CELL_HEAD], self._head, _CELL)
+        header = unpack_chunk_header(self._head)
+        if header.kind not in CELL_KINDS:
+            raise PeerMisbehaved(f"a {header.kind.name} in the frame of a cell")
+        if not self._met:
+            raise PeerMisbehaved(f"a {header.kind.name} cell before READY")
+        used = header.payload_size
+        sealed = used + TAG_SIZE if header.kind in _HANDSHAKES else used
+        if sealed > size:  # the header is the peer's; how long the frame is, anybody may have changed
+            raise Damaged(f"a cell of {size} bytes that claims a payload of {used}")
+        self._hear(now)
+        if inbox is not None:
+            inbox.acknowledged(header.received)
+        room = frame[CELL_HEAD - 1 : CELL_HEAD + sealed]
+        if header.kind in _HANDSHAKES:
+            opened = memoryview(bytearray(1 + used))
+            opener.open_into(room[1:], opened[1:])
+            room = opened
+        return Cell(header, room, size)
 
     def _receive_ready(self, header: ChunkHeader, frame: memoryview) -> list[Event]:
         if self._state is not State.ANSWERED and self._state is not State.CONFIRMING:
@@ -423,6 +486,19 @@ class Session:
         if self._state is not State.OPEN:
             raise LocalProtocolError(f"a session that is {self._state.value} sends no {header.kind.name}")
         return self._seal(header, payload, lend)
+
+    def seal_cell(self, header: ChunkHeader, frame: memoryview, handshake: bytes = b"") -> None:
+        """Seal the head of ``frame``, which holds a cell beyond it, to be sent next; of CREATE and CREATED, also put
+        the ``handshake`` message there, sealed.
+        """
+        if self._state is not State.OPEN:
+            raise LocalProtocolError(f"a session that is {self._state.value} sends no {header.kind.name}")
+        assert self._sealer is not None
+        frame[0] = FrameType.CELL
+        self.told = self.received
+        self._sealer.seal_into(pack_chunk_header(header._replace(received=self.received)), frame[1:CELL_HEAD], _CELL)
+        if header.kind in _HANDSHAKES:
+            self._sealer.seal_into(handshake, frame[CELL_HEAD:])
 
     def grant(self, total: int) -> None:
         """Tell the peer that we take ``total`` bytes of CHUNK payload, counted since the channel began."""

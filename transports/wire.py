@@ -1,14 +1,15 @@
 """Every byte layout of the protocol, packed and unpacked in one place.  All integers are big-endian.
 
 Here: frame types, the 32-byte chunk header that stands sealed at the front of every frame after the handshake, what
-READY carries, and the prefix of forwarded frames.  Not here: the contents of the handshake frames (``handshake``), what
+READY carries, and what is in a cell.  Not here: the contents of the handshake frames (``handshake``), what
 a field's value may be in which state (``session``, ``channel``), nor any key.  docs/protocol.md draws the same layouts.
 The story goes on in ``record``.
 
     sealed frame type (1) = 3 | sealed chunk header (32 + 16) | sealed payload (n + 16), absent where n is 0
     chunk header kind (1) zero (1) lane (2) header size (4) value (8) payload size (4) number (4) received (8)
     ready        run of the sender (16) run of the receiver, as far as known (16)
-    forwarded    key of the far peer (32) connection number (8) frame (rest)
+    cell frame   type (1) = 4 | sealed chunk header (32 + 16) | cell: payload (n), then random bytes
+    layer        command (1) | PASS: the payload for the next hop; else: length (4) data (length) zeros (rest)
 """
 
 from __future__ import annotations
@@ -18,32 +19,39 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple, final
 
-from splitsec.transports.errors import Damaged, LocalProtocolError, PeerMisbehaved
+from splitsec.transports.errors import Damaged, PeerMisbehaved
 from splitsec.transports.limits import (
+    CELL_HEAD,
+    CELL_LENGTH,
+    CELL_MAX,
     CHUNK_HEADER_SIZE,
-    FORWARD_PREFIX,
-    KEY_SIZE,
     OVERHEAD,
     PAYLOAD_MAX,
     RUN_SIZE,
+    SMALL_CELL,
     TAG_SIZE,
 )
 
 __all__ = [
+    "CELL_KINDS",
     "NO_RUN",
     "READY_SIZE",
     "ChunkHeader",
     "CloseCode",
+    "Command",
     "FrameType",
     "Kind",
     "Ready",
+    "Why",
+    "cell_size_of",
     "pack_chunk_header",
-    "pack_forward_prefix",
+    "pack_meant",
     "pack_ready",
     "payload_size_of",
     "unpack_chunk_header",
-    "unpack_forward_prefix",
+    "unpack_meant",
     "unpack_ready",
+    "unpack_why",
 ]
 
 NO_RUN: Final = bytes(RUN_SIZE)
@@ -59,10 +67,8 @@ class FrameType(enum.IntEnum):
     REFUSE = 2
     SEALED = 3
     """Everything after the handshake."""
-    UNKNOWN = 4
-    """One byte, to whoever sends sealed frames through a peer in the middle to a session that is no more.  It proves
-    nothing, and says only that another handshake is due.
-    """
+    CELL = 4
+    """A cell of a circuit: the header is the link's, the rest is sealed for somebody else as a rule."""
 
 
 class Kind(enum.IntEnum):
@@ -76,8 +82,6 @@ class Kind(enum.IntEnum):
     """Part of a message on ``lane``.  ``header_size``, ``value`` (size of the body) and ``number`` are those of the
     message.
     """
-    FORWARD = 3
-    """Payload is a forwarded frame with its prefix."""
     PING = 4
     """Asks for a PONG with the same ``value``."""
     PONG = 5
@@ -89,6 +93,55 @@ class Kind(enum.IntEnum):
     """Goodbye; nothing follows.  ``number``: a CloseCode."""
     REKEY = 8
     """The last frame under this key: what follows in this direction is sealed under the next."""
+    CREATE = 9
+    """These, and no others, come in cell frames.  ``number``: the circuit's on this link.  ``value``: bytes of CELL
+    frames beyond their heads that the receiver may send on this circuit, counted since it began.
+
+    CREATE begins a circuit; the payload, sealed by the link as well, is the first message of a handshake.
+    """
+    CREATED = 10
+    """The second message."""
+    CELL = 11
+    """The payload is for the circuit's next layer."""
+    CREDIT = 12
+    """Only ``value`` is new."""
+    DESTROY = 13
+    """The circuit is over.  ``lane``: a Why."""
+
+
+CELL_KINDS: Final = frozenset((Kind.CREATE, Kind.CREATED, Kind.CELL, Kind.CREDIT, Kind.DESTROY))
+
+
+class Command(enum.IntEnum):
+    """First byte under each layer of a cell: what the hop whose layer it is does with the rest."""
+
+    PASS = 0
+    """Forward: send the rest on.  Back, it came from behind the hop."""
+    EXTEND = 1
+    """To a relay: the key of the next hop (32) and the first message of a handshake with it."""
+    EXTENDED = 2
+    """From a relay: the second message."""
+    DATA = 3
+    """A frame of a session between the circuit's two ends."""
+    COVER = 4
+    """Nothing; so that silence cannot be told from talk."""
+    FAILED = 5
+    """From a hop: it cannot go on, with a Why (1)."""
+
+
+class Why(enum.IntEnum):
+    """Why a circuit is over, as far as others are told."""
+
+    DONE = 0
+    UNREACHABLE = 1
+    """The next hop is not connected with this one, or may not be reached through it."""
+    BUSY = 2
+    """It carries as many circuits as it may."""
+    DAMAGED = 3
+    """A cell did not open: altered, repeated, out of order, or not of this circuit."""
+    LOST = 4
+    """A connection on the way broke."""
+    MISBEHAVED = 5
 
 
 class CloseCode(enum.IntEnum):
@@ -147,16 +200,19 @@ class Ready:
 
 _CHUNK_HEADER: Final = struct.Struct(">BBHIQIIQ")
 READY_SIZE: Final = 2 * RUN_SIZE
-_CONNECTION: Final = struct.Struct(">Q")
 _USED: Final = {  # which fields a kind may use: lane, header_size, value, payload_size, number; all use received
     Kind.READY: (False, False, True, True, False),
     Kind.CHUNK: (True, True, True, True, True),
-    Kind.FORWARD: (False, False, False, True, False),
     Kind.PING: (False, False, True, False, False),
     Kind.PONG: (False, False, True, False, False),
     Kind.GRANT: (False, False, True, False, False),
     Kind.CLOSE: (False, False, False, False, True),
     Kind.REKEY: (False, False, False, False, False),
+    Kind.CREATE: (False, False, True, True, True),
+    Kind.CREATED: (False, False, True, True, True),
+    Kind.CELL: (False, False, True, True, True),
+    Kind.CREDIT: (False, False, True, False, True),
+    Kind.DESTROY: (True, False, True, False, True),
 }
 assert _CHUNK_HEADER.size == CHUNK_HEADER_SIZE
 
@@ -211,17 +267,30 @@ def unpack_ready(header: ChunkHeader, payload: bytes | bytearray | memoryview) -
     return Ready(bytes(payload[:RUN_SIZE]), bytes(payload[RUN_SIZE:]), header.received, header.value)
 
 
-def pack_forward_prefix(key: bytes, connection: int) -> bytes:
-    """The 40 bytes in front of a forwarded frame."""
-    if len(key) != KEY_SIZE:
-        raise LocalProtocolError(f"a peer's key has {KEY_SIZE} bytes, not {len(key)}")
-    return key + _CONNECTION.pack(connection)
+def cell_size_of(frame_size: int) -> int:
+    """Bytes of the cell in a cell frame of ``frame_size`` bytes; Damaged where no cell has that size."""
+    size = frame_size - CELL_HEAD
+    if not SMALL_CELL <= size <= CELL_MAX:
+        raise Damaged(f"a cell of {size} bytes")
+    return size
 
 
-def unpack_forward_prefix(payload: bytes | bytearray | memoryview) -> tuple[bytes, int]:
-    """Key and connection number in front of a forwarded frame; PeerMisbehaved where the payload is too short to hold a
-    frame.
-    """
-    if len(payload) <= FORWARD_PREFIX:
-        raise PeerMisbehaved(f"a forwarded frame of {len(payload)} bytes, prefix included")
-    return bytes(payload[:KEY_SIZE]), _CONNECTION.unpack(payload[KEY_SIZE:FORWARD_PREFIX])[0]
+def unpack_why(code: int) -> Why:
+    """PeerMisbehaved where the code means nothing."""
+    try:
+        return Why(code)
+    except ValueError:
+        raise PeerMisbehaved(f"a circuit that ends for the unknown reason {code}") from None
+
+
+def pack_meant(command: Command, data: bytes | bytearray | memoryview) -> bytes:
+    """What stands under a layer before the zeros: command, length, data."""
+    return bytes([command]) + len(data).to_bytes(CELL_LENGTH, "big") + bytes(data)
+
+
+def unpack_meant(rest: memoryview) -> memoryview:
+    """The data in what follows a command other than PASS; PeerMisbehaved where it claims more than there is."""
+    size = int.from_bytes(rest[:CELL_LENGTH], "big")
+    if len(rest) < CELL_LENGTH or size > len(rest) - CELL_LENGTH:
+        raise PeerMisbehaved(f"a cell of {len(rest)} bytes that claims to hold {size}")
+    return rest[CELL_LENGTH : CELL_LENGTH + size]

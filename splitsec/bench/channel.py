@@ -402,6 +402,7 @@ class _Processes:
         self._scratch = Path(scratch)
         self._watch = watch
         self._running: list[_Running] = []
+        self._kept: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> _Processes:
@@ -426,13 +427,13 @@ class _Processes:
             running.process.stdout.close()
         self._selector.close()
 
-    def start(self, role: str, assignment: Mapping[str, Any]) -> None:
-        """Start a process that does what ``role`` says.  The assignment, which holds keys, goes to its standard
-        input.
+    def start(self, role: str, assignment: Mapping[str, Any], *, module: str = "splitsec.bench.channel") -> None:
+        """Start a process that does what ``role`` says, by the ``main`` of ``module``.  The assignment, which holds
+        keys, goes to its standard input.
         """
         with (self._scratch / f"{role}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "splitsec.bench.channel"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -441,19 +442,38 @@ class _Processes:
             )
         running = _Running(role, process)
         self._running.append(running)
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: its output says so
-            process.stdin.write(json.dumps({"role": role, **assignment}).encode() + b"\n")
-            process.stdin.flush()
+        assert process.stdout is not None
         self._selector.register(process.stdout, selectors.EVENT_READ, running)
+        self.say(role, {"role": role, **assignment})
 
-    def until(self, name: str) -> dict[str, Any]:
-        """The next event ``name`` of anybody; those before it are for who watches."""
+    def say(self, role: str, document: Mapping[str, Any]) -> None:
+        """Tell the process of ``role`` one thing more."""
+        stdin = self._of(role).stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: its output says so
+            stdin.write(json.dumps(document).encode() + b"\n")
+            stdin.flush()
+
+    def pid(self, role: str) -> int:
+        """The process of ``role``."""
+        return self._of(role).pid
+
+    def _of(self, role: str) -> subprocess.Popen[bytes]:
+        return next(running.process for running in self._running if running.role == role)
+
+    def until(self, name: str, *, keep: bool = False) -> dict[str, Any]:
+        """The next event ``name`` of anybody; those before it are for who watches, or ``keep``: for who asks next."""
+        for number, event in enumerate(self._kept):
+            if event["event"] == name:
+                return self._kept.pop(number)
         while True:
             event = self._next()
             if event["event"] == name:
                 return event
-            self._watch(event)
+            if keep:
+                self._kept.append(event)
+            else:
+                self._watch(event)
 
     def _next(self) -> dict[str, Any]:
         while True:

@@ -27,6 +27,7 @@ private):
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
+  splitsec relay GRAPH ...     pass on what others send, unread, over the network
   splitsec ledger FOLDER       what privacy was spent, and on what
   splitsec journal show FOLDER what left, entry by entry; `verify`: and that nobody changed it
   splitsec listen FILE         read the trace of a party's traffic
@@ -37,7 +38,7 @@ private):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from splitsec import __version__
-    from splitsec.cli import bench, check, join, journal, keys, ledger, listen, predict, simulate
+    from splitsec.cli import bench, check, join, journal, keys, ledger, listen, predict, relay, simulate
 
     parser = argparse.ArgumentParser(
         prog="splitsec", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     runs: dict[str, Callable[[argparse.Namespace], int]] = {}
-    for module in (check, keys, simulate, predict, join, ledger, journal, listen, bench):
+    for module in (check, keys, simulate, predict, join, relay, ledger, journal, listen, bench):
         module.add_parser(commands)
         runs[module.__name__.rsplit(".", 1)[1]] = module.run
     arguments = parser.parse_args(argv)

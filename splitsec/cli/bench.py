@@ -16,6 +16,7 @@ from splitsec.cli.simulate import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from splitsec.bench import circuit
     from splitsec.bench.channel import Report
 
 __all__ = ["add_parser", "run"]
@@ -26,6 +27,7 @@ ratios, not milliseconds: machines differ and are shared.
 
   splitsec bench step          a training step over two encrypted processes, against the same step in one process
   splitsec bench channel       round trips of the encrypted channel, beside plain pyzmq, CURVE, gRPC and ssl
+  splitsec bench circuit       the same channel through 0 to 3 relays: time, bytes, and what one more relay costs
 
   splitsec bench privacy       what noise, ledger and journal cost a step
   splitsec bench epsilon       accuracy against epsilon; `bench nopeek`: against a decoder's error
@@ -34,10 +36,11 @@ ratios, not milliseconds: machines differ and are shared.
   splitsec bench step --network mlp --rounds 15 --threads 1
   splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
   splitsec bench channel --json
+  splitsec bench circuit --relays 0,3 --sizes 4MiB --circuits 0
   splitsec bench epsilon --picture epsilon.png
   splitsec bench nopeek --pictures out --minimise plain --alphas 2,8 --seeds 1 --bottleneck 256
 
-`splitsec bench step --help` and `splitsec bench channel --help` say what the options mean.
+`splitsec bench WHAT --help` says what the options mean.
 """
 
 STEP = """\
@@ -55,6 +58,17 @@ post-quantum part.  Takes one to two minutes; the machine should be idle.
   splitsec bench channel --json > channel.json
 
 gRPC takes part where grpcio is installed: pip install 'splitsec[bench]'
+"""
+
+CIRCUIT = """\
+The channel through relays, beside the same channel over an ordinary link: round trips, one-way throughput, bytes on
+every link, and what padding adds.  Then the processor time of one more relay, as cipher, sockets and the rest, and the
+memory of a relay that carries a hundred circuits at once.  Ends and relays are processes of their own over tcp on this
+machine, so all of them share its cores.  Takes about three minutes; the machine should be idle.
+
+  splitsec bench circuit
+  splitsec bench circuit --relays 0,1,3 --sizes 64KiB,4MiB --rounds 5 --circuits 0
+  splitsec bench circuit --json > circuit.json
 """
 
 MORE = {
@@ -121,6 +135,36 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="64 MiB tensors to stream for the memory figure; 0: leave it out (default: 100; with --quick 20)",
     )
 
+    circuit = what.add_parser(
+        "circuit",
+        help="the channel through relays, against the channel without",
+        description=CIRCUIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    circuit.add_argument("--json", action="store_true", help=JSON_HELP)
+    circuit.add_argument(
+        "--relays",
+        type=_relays,
+        nargs="+",
+        metavar="LIST",
+        help="how many relays, each from 0 to 7; 0: an ordinary link (default: 0,1,2,3)",
+    )
+    circuit.add_argument(
+        "--sizes", type=_sizes, nargs="+", metavar="LIST", help="sizes of a message (default: 64KiB,4MiB,64MiB)"
+    )
+    circuit.add_argument(
+        "--rounds",
+        type=counted,
+        metavar="N",
+        help="counted rounds at every size (default: 15, of 16 MiB and more 5)",
+    )
+    circuit.add_argument(
+        "--circuits",
+        type=_count,
+        metavar="N",
+        help="circuits that one relay carries at once for its memory; 0: leave that out (default: 100)",
+    )
+
 
 def _sizes(text: str) -> tuple[int, ...]:
     """Numbers of bytes, for argparse."""
@@ -132,6 +176,13 @@ def _sizes(text: str) -> tuple[int, ...]:
             raise argparse.ArgumentTypeError(f"{part!r} is no size from 1B to 1GiB, such as 512B, 1KiB or 4MiB")
         sizes.append(size)
     return tuple(dict.fromkeys(sizes))
+
+
+def _relays(text: str) -> tuple[int, ...]:
+    found = [part.strip() for part in text.split(",")]
+    if wrong := [part for part in found if not re.fullmatch(r"[0-7]", part, re.ASCII)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not a number of relays from 0 to 7")
+    return tuple(dict.fromkeys(map(int, found)))
 
 
 def _transports(text: str) -> tuple[str, ...]:
@@ -156,7 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(arguments.options))
         return code
-    return _run_channel(arguments) if arguments.what == "channel" else _run_step(arguments)
+    runs = {"step": _run_step, "channel": _run_channel, "circuit": _run_circuit}
+    return runs[arguments.what](arguments)
 
 
 def _console() -> Console:
@@ -325,9 +377,89 @@ def _print_report(report: Report) -> None:
         )
     for note in report.notes:
         console.print(f"not measured: {note}", markup=False)
-    if report.load is not None and report.load > 0.5:
+    _say_load(console, report.load)
+
+
+# --- bench circuit ----------------------------------------------------------------------------------------------------
+
+
+def _run_circuit(arguments: argparse.Namespace) -> int:
+    from splitsec.bench.circuit import CIRCUITS, RELAYS, SIZES, bench_circuit
+
+    def flat(lists: list[tuple[int, ...]] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+        return default if lists is None else tuple(dict.fromkeys(one for some in lists for one in some))
+
+    with _Followed() as watch:
+        report = bench_circuit(
+            sizes=flat(arguments.sizes, SIZES),
+            relays=flat(arguments.relays, RELAYS),
+            rounds=arguments.rounds,
+            circuits=CIRCUITS if arguments.circuits is None else arguments.circuits,
+            watch=watch,
+        )
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        _print_circuits(report)
+    return 0
+
+
+def _print_circuits(report: circuit.Report) -> None:
+    from rich.table import Table
+
+    from splitsec.bench.channel import size_text
+
+    console = _console()
+    table = Table(title="messages through relays; medians, and bytes of the busiest link", title_justify="left")
+    for column in ("size", "relays", "cells", "round trip", "one way", "of direct", "bytes of a message", "added"):
+        table.add_column(column, justify="right")
+    for path in report.results:
+        share = report.share(path)
+        table.add_row(
+            size_text(path.size),
+            str(path.relays),
+            "-" if not path.relays else "Padmé" if path.cell is None else size_text(path.cell),
+            f"{path.median_ms:.2f} ms",
+            f"{path.rate / (1 << 20):.0f} MiB/s",
+            _number(share, 2),
+            _number(path.wire, 0),
+            "-" if path.overhead is None else f"{path.overhead:.2%}",
+        )
+    console.print(table)
+
+    if report.costs:
+        hop = Table(title="one more relay: processor time for 1 MiB of messages", title_justify="left")
+        for column in ("size", "in all", "cipher", "sockets", "copies and the rest"):
+            hop.add_column(column, justify="right")
+        for cost in report.costs:
+            parts = (cost.total, cost.cipher, cost.sockets, cost.rest)
+            hop.add_row(size_text(cost.size), *(f"{part:.3f} ms" for part in parts))
+        console.print(hop)
+
+    if report.verdicts:
+        aims = Table(title="targets, for an idle machine with two cores", title_justify="left")
+        aims.add_column("target")
+        aims.add_column("here", justify="right")
+        aims.add_column("met")
+        for verdict in report.verdicts:
+            met = "[green]yes[/]" if verdict.met else "[bold red]NO[/]"
+            aims.add_row(verdict.text, _number(verdict.value, 3), met)
+        console.print(aims)
+
+    if (crowd := report.crowd) is not None:
+        peak = "unknown (there is no /proc here)" if crowd.peak is None else f"{crowd.peak / 1e6:.0f} MB"
+        wanted = f"; under {crowd.BELOW / 1e6:.0f} MB: {'yes' if crowd.met else 'NO'}" if crowd.met is not None else ""
         console.print(
-            f"the load average was {report.load:.1f} when this began: unless that was an earlier run, other programs "
+            f"memory: a relay with {crowd.circuits} circuits, all transferring, took at most {peak}{wanted}",
+            highlight=False,
+        )
+    _say_load(console, report.load)
+
+
+def _say_load(console: Console, load: float | None) -> None:
+    if load is not None and load > 0.5:
+        console.print(
+            f"the load average was {load:.1f} when this began: unless that was an earlier run, other programs "
             "were at work, and the figures say less"
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitsec.graph import Graph
     from splitsec.partyfile import Folder
 
 __all__ = ["add_parser", "run"]
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("\nwhat is done before it leaves")
             for one in safeguards:
                 print(f"  {one['party']} to {one['to']}, {one['kind']} of {one['of']}: {one['policy'] or 'as it is'}")
+        for warning in _warnings(folder.graph):
+            print(f"\nwarning: {warning}")
         print(f"\ndigest {digest(folder.graph).hex()[:16]}  (every party must have the same)")
     return 0
 
@@ -121,6 +124,25 @@ def _safeguards(folder: Folder) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _warnings(graph: Graph) -> list[str]:
+    """What keeps every rule, and yet tells more than whoever wrote it may think."""
+    found: dict[str, None] = {}
+    for circuit in graph.circuits_between():
+        hidden = circuit.second in graph.far_ends and circuit.first in graph.members(graph.anonymous or "")
+        for route in circuit.routes if hidden else ():
+            if len(route) == 1:
+                found[
+                    f"{route[0]} alone stands between {graph.anonymous} and {circuit.second}: it knows both ends, and "
+                    f"so which member speaks to {circuit.second}. Two relays of two institutions know it only together"
+                ] = None
+    if graph.circuits.cover is not None and graph.circuits.padding == "padme":
+        found[
+            "`cover` with `padding: padme`: cells go at a constant pace, but their sizes tell those that carry much "
+            "from the others. `padding: fixed` hides that, too"
+        ] = None
+    return list(found)
+
+
 def _write_svg(folder: Folder, file: Path) -> None:
     from splitsec.drawing import svg
     from splitsec.errors import UserError
@@ -145,6 +167,7 @@ def _draws_boxes(encoding: str | None) -> bool:
 
 def _as_json(folder: Folder) -> dict[str, Any]:
     from splitsec.contract import digest
+    from splitsec.plan import relays_needed
 
     graph = folder.graph
     return {
@@ -160,5 +183,18 @@ def _as_json(folder: Folder) -> dict[str, Any]:
         ],
         "labels": [{"from": one.source, "to": one.target, "field": one.field} for one in graph.labels],
         "links": [{"dialer": one.dialer, "listener": one.listener} for one in graph.links()],
-        "forwarded": [{"between": [one.first, one.second], "via": one.via} for one in graph.forwarded()],
+        "circuits": [
+            {"from": one.first, "to": one.second, "routes": [list(route) for route in one.routes]}
+            for one in graph.circuits_between()
+        ],
+        "relays": [name for name in graph.parties if name in graph.relays],
+        "relays_only": [name for name in graph.parties if name in relays_needed(graph)],
+        "anonymous": None
+        if graph.anonymous is None
+        else {
+            "group": graph.anonymous,
+            "far_ends": [name for name in graph.parties if name in graph.far_ends],
+            "pseudonym": graph.groups[graph.anonymous].pseudonym,
+        },
+        "warnings": _warnings(graph),
     }

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitsec.cli.keys import add_passphrase_option, passphrase_for
 from splitsec.cli.simulate import add_state_option
+
+if TYPE_CHECKING:
+    from splitsec.graph import Graph
+    from splitsec.partyfile import PartyFile
 
 __all__ = ["add_parser", "run"]
 
@@ -103,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             expected="the public half of this party's key file",
             fix=f"compare with `splitsec keys show {party_file.key_path}`",
         )
+    group_key = _group_key(graph, party_file, arguments)
 
     from splitsec.cli.progress import Followed, print_traffic
     from splitsec.party import Job, run_party
@@ -128,7 +133,44 @@ def run(arguments: argparse.Namespace) -> int:
             if event["event"] == "traffic":
                 left.extend(event["lanes"])
 
-        run_party(graph, party_file, private_key=private_key, job=job, report=report)
+        run_party(graph, party_file, private_key=private_key, group_key=group_key, job=job, report=report)
     if not arguments.quiet:
         print_traffic(name, left)
     return 0
+
+
+def _group_key(graph: Graph, party_file: PartyFile, arguments: argparse.Namespace) -> bytes | None:
+    """The private key of the anonymous group that this party is a member of; None where it is of none."""
+    from splitsec.identity import parse_public, public_of, read_key
+
+    group = graph.anonymous
+    if group is None or party_file.party not in graph.members(group):
+        return None
+    public = graph.groups[group].key
+    if public is None:
+        raise graph.error(
+            f"the anonymous group {group!r} has no key",
+            "groups",
+            group,
+            expected="a public key, whose private half every member holds",
+            fix=f"let one member run `splitsec keys new {group} --group`, paste the line that it prints, and hand the "
+            "file to the others",
+        )
+    file = party_file.group_key_path
+    if file is None:
+        raise party_file.error(
+            "`group_key_file` is missing",
+            expected=f"the private key file of the anonymous group {group!r}, since we are a member",
+            fix=f"get the file from whoever ran `splitsec keys new {group} --group`, then add "
+            f"`group_key_file: {group}.key`",
+        )
+    private_key = read_key(file, passphrase=passphrase_for(file, arguments))
+    if public_of(private_key) != parse_public(public):
+        raise graph.error(
+            f"the key of the group {group!r} in the graph is not the one in {file}",
+            "groups",
+            group,
+            expected="the public half of the group's key file",
+            fix=f"compare with `splitsec keys show --group {file}`",
+        )
+    return private_key

@@ -18,9 +18,11 @@ PASSPHRASE_VARIABLE = "SPLITSEC_PASSPHRASE"
 
 DESCRIPTION = """\
 Every party has one identity key.  The private half stays in a file at that party; the public half stands in the graph.
+An anonymous group has a key besides, which all of its members hold.
 
   splitsec keys new clinic-a                 write clinic-a.key, print the line for the graph file
   splitsec keys new clinic-a --passphrase    the same, protected by a passphrase
+  splitsec keys new clinics --group          write clinics.key, for each member of the group clinics
   splitsec keys show clinic-a.key            print the line again
 """
 
@@ -42,9 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     new.add_argument("name", metavar="NAME", help="the party's name in the graph file")
     new.add_argument("--out", metavar="FOLDER", default=".", help="where to write it (default: here)")
     new.add_argument("--passphrase", action="store_true", help="protect the key by a passphrase")
+    new.add_argument("--group", action="store_true", help="NAME is an anonymous group; the line is one of its entry")
     add_passphrase_option(new)
     show = actions.add_parser("show", help="print the line for the graph file again")
     show.add_argument("file", metavar="FILE", help="a private key file, called after its party")
+    show.add_argument("--group", action="store_true", help="the key of an anonymous group")
 
 
 def add_passphrase_option(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +57,8 @@ def add_passphrase_option(parser: argparse.ArgumentParser) -> None:
         "--passphrase-fd",
         metavar="N",
         type=int,
-        help=f"read the passphrase from file descriptor N (else from {PASSPHRASE_VARIABLE}, else the terminal asks)",
+        help=f"read the passphrase from file descriptor N, one line for each key that has one (else from "
+        f"{PASSPHRASE_VARIABLE}, else the terminal asks)",
     )
 
 
@@ -93,8 +98,10 @@ def _from_descriptor(file: Path, descriptor: int) -> str:
     from splitsec.errors import KeyFileError
 
     try:
-        with os.fdopen(descriptor, "rb") as stream:
-            return stream.readline(4097).rstrip(b"\r\n").decode("utf-8")
+        line = bytearray()
+        while len(line) <= 4096 and (one := os.read(descriptor, 1)) not in (b"", b"\n"):
+            line += one  # and not one byte more: the next line is another key's
+        return line.rstrip(b"\r").decode("utf-8")
     except (OSError, ValueError) as reason:
         raise KeyFileError(
             f"no passphrase can be read from file descriptor {descriptor}: {type(reason).__name__}",
@@ -111,17 +118,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.action == "show":
         shown = Path(arguments.file)
-        _print_line(shown.stem, read_public(shown))
+        _print_line(shown.stem, read_public(shown), group=arguments.group)
         return 0
     check_name(arguments.name)
     file = Path(arguments.out) / f"{arguments.name}.key"
     wanted = arguments.passphrase or arguments.passphrase_fd is not None
     public = new_key(file, passphrase_for(file, arguments, new=True) if wanted else None)
-    print(f"Private key: {file} (keep it here, and a backup in a safe place).", file=sys.stderr)
-    print("Paste this line into the graph file, under `parties:`", file=sys.stderr)
-    _print_line(arguments.name, public)
+    if arguments.group:
+        said = (
+            f"Private key of the group: {file}.  Hand a copy to each of its members (`group_key_file` in the party "
+            "file) and to nobody else: who has it can speak as one of them.",
+            f"Paste this line into the graph file, under `groups:`, into `{arguments.name}`",
+        )
+    else:
+        said = (
+            f"Private key: {file} (keep it here, and a backup in a safe place).",
+            "Paste this line into the graph file, under `parties:`",
+        )
+    print(*said, sep="\n", file=sys.stderr)
+    _print_line(arguments.name, public, group=arguments.group)
     return 0
 
 
-def _print_line(name: str, public: str) -> None:
-    print(f'  {name}: {{key: "{public}"}}')
+def _print_line(name: str, public: str, *, group: bool) -> None:
+    print(f'    key: "{public}"' if group else f'  {name}: {{key: "{public}"}}')

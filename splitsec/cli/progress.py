@@ -58,6 +58,10 @@ class Followed:
         match event["event"]:
             case "ready":
                 self.bars.update(task, description="waits for the others")
+            case "relays":
+                self.bars.update(task, description="relays")
+            case "relay ended":
+                self._line(f"{party}: the relay ended, and is started again ({event['why']})")
             case "interrupted":
                 self._line(
                     f"{party}: the connection with {event['peer']} broke ({event['why']}); nothing is lost, "

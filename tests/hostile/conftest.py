@@ -21,7 +21,15 @@ import pytest
 from splitsec.bench.strangers import catch_hello
 from splitsec.transports.handshake import Established, Initiator
 from splitsec.transports.iothread import Closed, Event, IOThread, Opened, Peer, Received
-from splitsec.transports.limits import CHUNK_HEADER_SIZE, CHUNK_MAX, OVERHEAD, RUN_SIZE, TAG_SIZE
+from splitsec.transports.limits import (
+    CELL_HEAD,
+    CHUNK_HEADER_SIZE,
+    CHUNK_MAX,
+    OVERHEAD,
+    RUN_SIZE,
+    SMALL_CELL,
+    TAG_SIZE,
+)
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.record import Opener, Sealer
 from splitsec.transports.wire import (
@@ -41,6 +49,8 @@ PATIENCE: Final = 60.0
 DIGEST: Final = b"\x5a" * 32
 LANE: Final = 1
 SEALED: Final = bytes([FrameType.SEALED])
+CELL: Final = bytes([FrameType.CELL])
+HANDSHAKES: Final = (Kind.CREATE, Kind.CREATED)
 GREETING: Final = (b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0")).ljust(64, b"\0")
 READY: Final = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 
@@ -192,6 +202,19 @@ class BadPeer:
             self.sealer.seal_into(payload, view[1 + CHUNK_HEADER_SIZE + TAG_SIZE :])
         self.send(bytes(frame))
 
+    def say_cell(self, header: ChunkHeader, content: bytes = b"", size: int = SMALL_CELL) -> None:
+        """One cell of ``size`` bytes with ``content``: sealed, of a handshake; as it is, of anything else."""
+        if header.kind in HANDSHAKES:
+            header = header._replace(payload_size=len(content))
+        frame = memoryview(bytearray(CELL_HEAD + size))
+        frame[:1] = CELL
+        self.sealer.seal_into(pack_chunk_header(header._replace(received=self.received)), frame[1:CELL_HEAD], CELL)
+        if header.kind in HANDSHAKES:
+            self.sealer.seal_into(content, frame[CELL_HEAD:])
+        else:
+            frame[CELL_HEAD : CELL_HEAD + len(content)] = content
+        self.send(bytes(frame))
+
     def message(self, lane: int, header: bytes, body: bytes = b"", number: int = 0) -> None:
         """A whole message, number ``number`` of its lane."""
         whole = header + body
@@ -204,15 +227,24 @@ class BadPeer:
     def hear(self) -> Heard:
         """The next frame of the victim.  EOFError where there is none any more."""
         frame = memoryview(self._frame())
-        assert frame[0] == SEALED[0], "a frame in the clear, after the handshake"
+        assert frame[0] in SEALED + CELL, "a frame in the clear, after the handshake"
         header = memoryview(bytearray(CHUNK_HEADER_SIZE))
-        self._opener.open_into(frame[1 : 1 + CHUNK_HEADER_SIZE + TAG_SIZE], header, SEALED)
+        self._opener.open_into(frame[1 : 1 + CHUNK_HEADER_SIZE + TAG_SIZE], header, frame[:1])
+        if frame[0] == CELL[0]:
+            return self._hear_cell(unpack_chunk_header(header), frame[CELL_HEAD:])
         payload = bytearray(max(0, len(frame) - OVERHEAD))
         if payload:
             self._opener.open_into(frame[1 + CHUNK_HEADER_SIZE + TAG_SIZE :], memoryview(payload))
         heard = Heard(unpack_chunk_header(header), bytes(payload))
         self.received += heard.header.kind is Kind.CHUNK
         return heard
+
+    def _hear_cell(self, header: ChunkHeader, content: memoryview) -> Heard:
+        if header.kind not in HANDSHAKES:
+            return Heard(header, bytes(content[: header.payload_size]))
+        payload = bytearray(header.payload_size)
+        self._opener.open_into(content[: len(payload) + TAG_SIZE], memoryview(payload))
+        return Heard(header, bytes(payload))
 
     def hear_out(self) -> list[Heard]:
         """Everything, until the victim hangs up."""

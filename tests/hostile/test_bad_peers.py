@@ -28,11 +28,15 @@ from splitsec.messages import Message, encode
 from splitsec.messaging import Line, open_line
 from splitsec.plan import exchange_lane
 from splitsec.transports import iothread
+from splitsec.transports.circuit import Ended, Memory, Origin, Sizes
 from splitsec.transports.errors import Lost
 from splitsec.transports.errors import PeerMisbehaved as TransportsMisbehaved
 from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Peer, Received
-from splitsec.transports.limits import FORWARD_PREFIX, HEADER_MAX
-from splitsec.transports.wire import NO_RUN, ChunkHeader, Kind, Ready, pack_chunk_header, pack_ready
+from splitsec.transports.layer import Asking
+from splitsec.transports.limits import CELL_HEAD, HEADER_MAX, SMALL_CELL
+from splitsec.transports.session import Cell
+from splitsec.transports.testing import lend
+from splitsec.transports.wire import CELL_KINDS, NO_RUN, ChunkHeader, Kind, Ready, Why, pack_chunk_header, pack_ready
 from tests.conftest import free_port
 
 from .conftest import DIGEST, LANE, PATIENCE, BadPeer, Heard, Victim
@@ -78,6 +82,11 @@ class Scene:
         """A well-formed message, from the offender, whatever the graph says about the tensor."""
         header, body = encode(Message("exchange", place, tensors={exchange: tensor}))
         self.offender.message(self.lane(exchange), header, b"".join(body), number)
+
+    @property
+    def number(self) -> int:
+        """Of a circuit that is the offender's to name."""
+        return 2 | (public_of(self.keys["offender"]) > public_of(self.keys["server"]))
 
     def key_of(self, party: str) -> str:
         return base64.b64encode(public_of(self.keys[party])).decode()
@@ -244,9 +253,22 @@ def more_messages_than_may_wait(scene: Scene) -> None:
         scene.say("counts", torch.arange(4), number=number, place=(number,))
 
 
-def a_frame_to_forward_to_nobody(scene: Scene) -> None:
-    payload = os.urandom(32) + bytes(8) + b"for somebody"
-    scene.offender.say(ChunkHeader(Kind.FORWARD, payload_size=len(payload)), payload)
+def a_circuit_by_a_number_that_is_ours_to_give(scene: Scene) -> None:
+    scene.offender.say_cell(ChunkHeader(Kind.CREATE, number=scene.number ^ 1), b"a handshake")
+
+
+def a_circuit_by_a_number_that_is_taken(scene: Scene) -> None:
+    asking = Asking(public_of(scene.keys["server"]), digest(scene.graph))
+    for _ in range(2):
+        scene.offender.say_cell(ChunkHeader(Kind.CREATE, value=1 << 20, number=scene.number), asking.message)
+
+
+def a_cell_in_a_frame_that_is_none(scene: Scene) -> None:
+    scene.offender.say(ChunkHeader(Kind.CELL, payload_size=100, number=scene.number), bytes(100))
+
+
+def a_frame_in_place_of_a_cell(scene: Scene) -> None:
+    scene.offender.say_cell(ChunkHeader(Kind.PING))
 
 
 def an_unknown_kind_of_frame(scene: Scene) -> None:
@@ -304,7 +326,10 @@ MISDEEDS: Final[dict[Callable[[Scene], None], str]] = {
     an_empty_chunk_of_a_message: "a chunk of 0 bytes where at most 110 are due, and at least one",
     a_flood_over_the_window: "more bytes than the window allows",
     more_messages_than_may_wait: "exchange of counts: more than 1024 messages ahead of us",
-    a_frame_to_forward_to_nobody: "a forwarded frame, and we forward nothing with this peer",
+    a_circuit_by_a_number_that_is_ours_to_give: "a circuit by a number that is taken, or not the peer's to give",
+    a_circuit_by_a_number_that_is_taken: "a circuit by a number that is taken, or not the peer's to give",
+    a_cell_in_a_frame_that_is_none: "a CELL frame in an open session",
+    a_frame_in_place_of_a_cell: "a PING in the frame of a cell",
     an_unknown_kind_of_frame: "a frame of unknown kind 99",
     fields_that_are_not_the_kinds_own: "a PING frame that uses fields which are not its own",
     ready_once_more: "a READY frame to a session that is open",
@@ -339,9 +364,9 @@ def test_it_closes_its_own_channel_and_no_other(
 
 def only_a_code(heard: list[Heard]) -> CloseCode:
     """The code of the one goodbye, after which nothing came.  Before it, nothing but the channel's own bookkeeping."""
-    *before, last = heard
+    *before, last = [frame for frame in heard if frame.header.kind is not Kind.CREATED]
     assert {frame.header.kind for frame in before} <= {Kind.GRANT, Kind.PING, Kind.PONG}
-    assert all(frame.payload == b"" for frame in heard)
+    assert all(frame.payload == b"" for frame in (*before, last))
     code = CloseCode(last.header.number)
     assert last.header == ChunkHeader(Kind.CLOSE, number=code, received=last.header.received)
     return code
@@ -399,11 +424,45 @@ def test_an_offender_of_our_own_make_is_told_no_more() -> None:
                 offender.send(peer.key, lane, header, body)
 
 
-# --- where the victim forwards for others
+# --- where the victim is a relay
 
 
-def test_who_asks_to_be_passed_on_to_a_stranger_ends_its_own_channel(caplog: pytest.LogCaptureFixture) -> None:
-    """The victim forwards between the honest and a fourth party, and between them alone."""
+class Building:
+    """A circuit of the offender's own, by our machine, over the one line that it has."""
+
+    def __init__(self, offender: BadPeer, private_key: bytes, hops: list[bytes]) -> None:
+        self.offender = offender
+        number = 2 | (public_of(private_key) > hops[0])
+        sizes = Sizes(None, SMALL_CELL * 4, SMALL_CELL * 16)
+        self.origin = Origin(number, hops, digest=DIGEST, sizes=sizes, memory=Memory(), now=0.0)
+        self.happened: list[object] = []
+
+    def until_it_ends(self) -> Ended:
+        """Speak and hear until the circuit is over."""
+        while not any(isinstance(event, Ended) for event in self.happened):
+            self.say()
+            heard = self.offender.hear()
+            if heard.header.kind in CELL_KINDS:
+                self.hear(heard)
+        self.say()
+        (ended,) = [event for event in self.happened if isinstance(event, Ended)]
+        return ended
+
+    def say(self) -> None:
+        """All that is due."""
+        while (cell := self.origin.next_cell(self.origin.leg, lend)) is not None:
+            self.offender.say_cell(cell[0], cell[2] or bytes(cell[1][CELL_HEAD:]), len(cell[1]) - CELL_HEAD)
+
+    def hear(self, heard: Heard) -> None:
+        """A cell of the victim's."""
+        room = memoryview(bytearray(b"\0" + heard.payload))
+        self.happened += self.origin.receive(self.origin.leg, Cell(heard.header, room, SMALL_CELL), 0.0)
+
+
+def test_who_asks_to_be_passed_on_to_a_stranger_loses_its_circuit_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The victim passes circuits on between each of two and a fourth party, and between them alone."""
     caplog.set_level(logging.WARNING)
     private = {number: bytes([number]) * 32 for number in (1, 2, 3, 4)}
     key = {number: public_of(value) for number, value in private.items()}
@@ -413,7 +472,7 @@ def test_who_asks_to_be_passed_on_to_a_stranger_ends_its_own_channel(caplog: pyt
         digest=DIGEST,
         peers=[Peer(key[number], lanes=lanes) for number in (2, 3, 4)],
         listen="tcp://127.0.0.1:*",
-        forwards=[frozenset((key[2], key[4])), frozenset((key[3], key[4]))],
+        passages=[(key[2], key[4]), (key[3], key[4])],
     ) as victim:
         address = victim.endpoint or ""
         with (
@@ -422,20 +481,18 @@ def test_who_asks_to_be_passed_on_to_a_stranger_ends_its_own_channel(caplog: pyt
         ):
             assert {victim.receive(PATIENCE), victim.receive(PATIENCE)} == {Opened(key[2]), Opened(key[3])}
             assert honest.receive(PATIENCE) == Opened(key[1])
-            # To the fourth it may, though nobody is there; that is no misdeed.
-            for whom in (key[4], key[2]):
-                payload = whom + bytes(8) + os.urandom(100)
-                assert len(payload) > FORWARD_PREFIX
-                offender.say(ChunkHeader(Kind.FORWARD, payload_size=len(payload)), payload)
-            closed = victim.receive(PATIENCE)
-            assert isinstance(closed, Closed) and closed.peer == key[3]
-            assert only_a_code(offender.hear_out()) is CloseCode.MISBEHAVED
-            text = base64.b64encode(key[3]).decode()
-            assert f"closed the channel with x25519:{text}: a frame to be forwarded to somebody with" in caplog.text
+            # The second is there, and not for it; to the fourth it may go, though nobody is there; the last is unknown.
+            for whom in (key[2], key[4], os.urandom(32)):
+                ended = Building(offender, private[3], [key[1], whom]).until_it_ends()
+                assert ended == Ended(Why.UNREACHABLE, 0)
+            offender.message(LANE, b"still here")
+            assert victim.receive(PATIENCE) == Received(key[3], LANE, b"still here", memoryview(b""))
             honest.send(key[1], LANE, b"here")
             assert victim.receive(PATIENCE) == Received(key[2], LANE, b"here", memoryview(b""))
             victim.send(key[2], LANE, b"there")
             assert honest.receive(PATIENCE) == Received(key[1], LANE, b"there", memoryview(b""))
+            assert not victim._driver._states[key[2]].legs
+            assert caplog.records == []
 
 
 # --- while the victim computes, and takes nothing
@@ -471,10 +528,10 @@ def test_a_flood_of_empty_messages_is_bounded_like_any_other(
 # --- before READY
 
 
-@pytest.mark.parametrize("kind", [Kind.CHUNK, Kind.PING, Kind.GRANT, Kind.FORWARD, Kind.REKEY])
+@pytest.mark.parametrize("kind", [Kind.CHUNK, Kind.PING, Kind.GRANT, Kind.CREATE, Kind.REKEY])
 def test_who_begins_before_ready_gets_nothing_and_may_start_over(kind: Kind, victim: Victim) -> None:
     """Nothing has been promised to it yet: the attempt ends, and the channel can still come to be."""
-    payload = b"too soon" if kind in (Kind.CHUNK, Kind.FORWARD) else b""
+    payload = b"too soon" if kind in (Kind.CHUNK, Kind.CREATE) else b""
     header = ChunkHeader(kind, payload_size=len(payload))
     if kind is Kind.CHUNK:
         header = header._replace(lane=LANE, value=len(payload))
@@ -482,7 +539,10 @@ def test_who_begins_before_ready_gets_nothing_and_may_start_over(kind: Kind, vic
         friend.comes_in()
         assert victim.next() == Opened(friend.key)
         with BadPeer(victim.address, bytes([3]) * 32, victim.key, DIGEST) as offender:
-            offender.say(header, payload)
+            if kind is Kind.CREATE:
+                offender.say_cell(header, payload)
+            else:
+                offender.say(header, payload)
             assert offender.hear_out() == []
         victim.exchanges_with(friend)
         with BadPeer(victim.address, bytes([3]) * 32, victim.key, DIGEST).comes_in():

@@ -86,6 +86,7 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert said["graph"] == "small"
     assert said["digest"] == digest(load_graph(folder / "graph.yaml")).hex()
     assert said["links"] == [{"dialer": "ann", "listener": "ben"}]
+    assert (said["circuits"], said["relays"], said["anonymous"], said["warnings"]) == ([], [], None, [])
     assert said["cuts"] == [{"from": "low", "to": "high", "shape": [3], "dtype": "float32"}]
 
 
@@ -119,6 +120,67 @@ def test_the_shape_that_a_segment_really_produces_is_compared(folder: Path) -> N
 def test_without_models_no_user_code_runs(folder: Path) -> None:
     (folder / "parties" / "models.py").write_text("raise SystemExit('ran')\n")
     assert run(str(folder), "--no-models") == 0
+
+
+HIDDEN = """\
+splitsec: 1
+name: hidden
+parties:
+  ann: {}
+  ben: {}
+  relay: {listen: "tcp://127.0.0.1:7401"}
+  server: {listen: "tcp://127.0.0.1:7400"}
+groups: {clinics: {members: [ann, ben], schedule: round_robin}}
+segments:
+  low: {at: clinics, data: x}
+  high: {at: server, loss: cross_entropy}
+cuts: [{from: low, to: high, shape: [3], dtype: float32, anonymous: true}]
+labels: [{from: clinics, to: high}]
+routes: [{from: clinics, to: server, via: [relay]}]
+"""
+
+
+def test_circuits_are_told_and_a_relay_that_stands_alone_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "graph.yaml"
+    file.write_text(HIDDEN)
+    assert run(str(file), "--no-models") == 0
+    out = capsys.readouterr().out
+    assert "the members of clinics build circuits to server through relay\n" in out
+    assert "server learns that a member of clinics speaks, and not which" in out
+    assert (
+        "\nwarning: relay alone stands between clinics and server: it knows both ends, and so which member speaks to "
+        "server. Two relays of two institutions know it only together\n"
+    ) in out
+    assert run(str(file), "--no-models", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["circuits"] == [
+        {"from": "ann", "to": "server", "routes": [["relay"]]},
+        {"from": "ben", "to": "server", "routes": [["relay"]]},
+        {"from": "ann", "to": "ben", "routes": [["relay"]]},
+    ]
+    assert said["relays"] == said["relays_only"] == ["relay"]
+    assert said["anonymous"] == {"group": "clinics", "far_ends": ["server"], "pseudonym": "turn"}
+    assert len(said["warnings"]) == 1
+
+
+def test_two_relays_need_no_warning_and_cover_with_cells_of_many_sizes_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = HIDDEN.replace("via: [relay]", "via: [relay, other]").replace(
+        "  server:", '  other: {listen: "tcp://127.0.0.1:7402"}\n  server:'
+    )
+    file = tmp_path / "graph.yaml"
+    file.write_text(two)
+    assert run(str(file), "--no-models") == 0
+    assert "warning" not in capsys.readouterr().out
+    file.write_text(HIDDEN.replace(", anonymous: true", ""))
+    assert run(str(file), "--no-models") == 0
+    assert "warning" not in capsys.readouterr().out
+    file.write_text(two + "circuits: {cover: 0.1, padding: padme}\n")
+    assert run(str(file), "--no-models") == 0
+    assert "\nwarning: `cover` with `padding: padme`: cells go at a constant pace" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("graph", EXAMPLES, ids=lambda file: file.parent.name)

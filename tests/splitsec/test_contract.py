@@ -26,6 +26,8 @@ parties:
     key: "x25519:CQMAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
     listen: "tcp://0.0.0.0:7400"
     address: "tcp://server.example.org:7400"
+  relay-1: {key: "x25519:CQQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", listen: "tcp://relay-1.example.org:7400"}
+  relay-2: {key: "x25519:CQUAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", listen: "tcp://relay-2.example.org:7400"}
 groups:
   clinics: {members: [clinic-a, clinic-b], schedule: round_robin}
 segments:
@@ -39,6 +41,10 @@ labels:
   - {from: clinics, to: trunk, field: y, shape: [], dtype: int64}
 exchanges:
   - {name: histogram, from: clinic-a, to: server, shape: [null, 16], dtype: float32, max_bytes: 4096}
+routes:
+  - {from: clinics, to: server, via: [relay-1, relay-2]}
+  - {cut: [side, trunk], via: [relay-2, relay-1]}
+circuits: {padding: fixed, cover: 0.5}
 training: {epochs: 5, batch_size: 64, micro_batches: 4, seed: 7, drop_last: true}
 timeouts: {connect: 60, lost: 20, gone: 90}
 post_quantum: true
@@ -74,7 +80,7 @@ def variants(value: Any) -> Iterator[Any]:
         yield from {"float32": ["float64"], "float16": ["float32"], "int64": ["float32"], "arguments": ["concat"]}.get(
             text, []
         )
-        yield from {"round_robin": ["parallel"], "cross_entropy": ["nll", "custom"]}.get(text, [])
+        yield from {"round_robin": ["parallel"], "cross_entropy": ["nll", "custom"], "fixed": ["padme"]}.get(text, [])
 
 
 def test_the_bytes_are_those_that_the_documentation_spells() -> None:
@@ -83,12 +89,12 @@ def test_the_bytes_are_those_that_the_documentation_spells() -> None:
         "exchanges: [{name: sums, from: b, to: a, shape: [null], dtype: bool}]\n"
     )
     assert canonical_bytes(graph).decode() == (
-        '{"cuts":[],'
+        '{"circuits":{"cover":null,"padding":"fixed"},"cuts":[],'
         '"exchanges":[{"dtype":"bool","from":"b","max_bytes":67108864,"name":"sums","shape":[null],"to":"a"}],'
         '"groups":[],"labels":[],"name":"two",'
         '"parties":[["b",{"address":null,"key":null,"listen":null}],'
         '["a",{"address":null,"key":null,"listen":"ipc:///run/é"}]],'
-        '"post_quantum":true,"privacy":{"when_spent":"end"},"segments":[],"splitsec":1,'
+        '"post_quantum":true,"privacy":{"when_spent":"end"},"routes":[],"segments":[],"splitsec":1,'
         '"timeouts":{"connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
         '"training":{"batch_size":64,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
     )
@@ -113,13 +119,13 @@ def test_every_value_that_a_character_changes_changes_the_digest() -> None:
             what = f"{keys}: {variant!r}"
             assert seen.setdefault(digest(graph), what) == what
             tried[keys] = tried.get(keys, 0) + 1
-    places = {"at", "from", "to", "members", "splitsec"}  # names: changed together, in the next test
+    places = {"at", "from", "to", "cut", "via", "members", "splitsec"}  # names: changed together, in the next test
     untried = [keys for keys, _ in leaves(values) if keys not in tried and not places & set(keys)]
     assert untried == []
     assert len(seen) > 150
 
 
-@pytest.mark.parametrize("name", ["clinic-a", "server", "clinics", "stem", "trunk", "histogram", "full"])
+@pytest.mark.parametrize("name", ["clinic-a", "server", "relay-1", "clinics", "stem", "trunk", "histogram", "full"])
 def test_every_name_counts(name: str) -> None:
     renamed = FULL.replace(f"{name}:", f"{name}x:").replace(f"{name},", f"{name}x,").replace(f"{name}]", f"{name}x]")
     renamed = renamed.replace(f"name: {name}\n", f"name: {name}x\n")
@@ -135,6 +141,11 @@ def test_every_name_counts(name: str) -> None:
             "  side: {at: clinics, data: x2}\n  stem: {at: clinics, data: x}",
         ),
         ("shape: [32, 7, 7]", "shape: [7, 32, 7]"),
+        (
+            "{from: clinics, to: server, via: [relay-1, relay-2]}\n  - {cut: [side, trunk], via: [relay-2, relay-1]}",
+            "{cut: [side, trunk], via: [relay-2, relay-1]}\n  - {from: clinics, to: server, via: [relay-1, relay-2]}",
+        ),
+        ("{cut: [side, trunk], via: [relay-2, relay-1]}", "{cut: [side, trunk], via: [relay-2]}"),
     ],
 )
 def test_order_counts_where_it_means_something(old: str, new: str) -> None:
@@ -152,6 +163,9 @@ def test_order_counts_where_it_means_something(old: str, new: str) -> None:
         ("post_quantum: true\n", ""),
         ("post_quantum: true", "post_quantum: True"),
         ("epochs: 5", "epochs: 0x5"),
+        ("schedule: round_robin", "schedule: round_robin, key: null, pseudonym: turn"),
+        ("{cut: [side, trunk],", "{cut: [side, trunk], from: null, to: null,"),
+        ("padding: fixed, ", ""),
         ("splitsec: 1\nname: full\n", "name: full\nsplitsec: 1\n"),
         ("\n", "\r\n"),
     ],
@@ -159,6 +173,41 @@ def test_order_counts_where_it_means_something(old: str, new: str) -> None:
 def test_layout_does_not_count(old: str, new: str) -> None:
     assert old in FULL
     assert digest(parse_graph(FULL.replace(old, new))) == digest(parse_graph(FULL))
+
+
+HIDDEN = """\
+splitsec: 1
+name: hidden
+parties:
+  clinic-a: {}
+  clinic-b: {}
+  relay: {listen: "tcp://relay.example.org:7400"}
+  server: {listen: "tcp://server.example.org:7400"}
+groups:
+  clinics: {members: [clinic-a, clinic-b], schedule: round_robin}
+segments: {stem: {at: clinics, data: x}, trunk: {at: server, loss: mse}}
+cuts: [{from: stem, to: trunk, shape: [4], dtype: float32, anonymous: true}]
+labels: [{from: clinics, to: trunk, dtype: float32}]
+routes: [{from: clinics, to: server, via: [relay]}]
+"""
+
+
+def test_all_that_makes_a_group_anonymous_counts() -> None:
+    keyed = [
+        HIDDEN.replace("round_robin", f'round_robin, key: "x25519:CQ{letter}AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="')
+        for letter in "EI"
+    ]
+    variants = [
+        HIDDEN,
+        HIDDEN.replace(", anonymous: true", ""),
+        HIDDEN.replace("round_robin", "round_robin, pseudonym: epoch"),
+        *keyed,
+    ]
+    assert len({digest(parse_graph(one)) for one in variants}) == len(variants)
+    said = canonical_bytes(parse_graph(HIDDEN)).decode()
+    assert '"cuts":[{"anonymous":true,' in said
+    assert '"groups":[["clinics",{"key":null,"members":["clinic-a","clinic-b"],"pseudonym":"turn","sch' in said
+    assert '"routes":[{"cut":null,"from":"clinics","to":"server","via":["relay"]}]' in said
 
 
 def test_who_goes_without_ml_kem_holds_another_contract() -> None:
@@ -176,6 +225,7 @@ def test_the_bytes_say_everything_that_the_graph_says() -> None:
     for name in ("parties", "groups", "segments"):
         values[name] = dict(values[name])
     values["timeouts"] = {key: struct.unpack(">d", bytes.fromhex(one))[0] for key, one in values["timeouts"].items()}
+    values["circuits"]["cover"] = struct.unpack(">d", bytes.fromhex(values["circuits"]["cover"]))[0]
     for segment in values["segments"].values():
         segment["loss_weight"] = struct.unpack(">d", bytes.fromhex(segment["loss_weight"]))[0]
     assert Graph.model_validate(values) == graph

@@ -126,6 +126,87 @@ registry forwards messages between hospital, laboratory and archive that it
     )
 
 
+def test_circuits_relays_and_what_a_far_end_learns() -> None:
+    hidden = """\
+splitsec: 1
+name: hidden
+parties:
+  clinic-a: {}
+  clinic-b: {}
+  clinic-c: {}
+  relay-1: {listen: "tcp://r1.example.org:7400"}
+  relay-2: {listen: "tcp://r2.example.org:7400"}
+  server: {listen: "tcp://server.example.org:7400"}
+groups:
+  clinics: {members: [clinic-a, clinic-b, clinic-c], schedule: round_robin, pseudonym: epoch}
+segments:
+  stem: {at: clinics, data: x}
+  trunk: {at: server, loss: cross_entropy}
+cuts:
+  - {from: stem, to: trunk, shape: [8], dtype: float32, anonymous: true}
+labels:
+  - {from: clinics, to: trunk}
+routes:
+  - {from: clinics, to: server, via: [relay-1, relay-2]}
+  - {from: clinics, to: server, via: [relay-2]}
+  - {from: clinics, to: clinics, via: [relay-1]}
+circuits: {cover: 0.05}
+"""
+    text = draw(parse_graph(hidden), width=200)
+    assert "clinic-a, clinic-b, clinic-c: taking turns in a secret order, weights handed on" in text
+    assert text.endswith(
+        """
+clinic-a, clinic-b, clinic-c dial relay-1 at tcp://r1.example.org:7400
+relay-1, clinic-a, clinic-b, clinic-c dial relay-2 at tcp://r2.example.org:7400
+relay-2 dials server at tcp://server.example.org:7400
+the members of clinics build circuits to server through relay-1, relay-2, or else through relay-2
+the members of clinics build circuits to each other through relay-1
+relays, which cannot read what they pass on: relay-1, relay-2
+cells that carry messages are one size between any two ends, one each way every 0.05 s, needed or not
+server learns that a member of clinics speaks, and not which: every member proves the group's key, and begins a new channel every epoch; what is sent, and when, it sees as ever
+"""  # noqa: E501
+    )
+    assert "the members of clinics build circuits to server through relay-1, relay-2, or else through relay-2" in texts(
+        parse_graph(hidden)
+    )
+
+
+def test_circuits_of_single_parties() -> None:
+    text = """\
+splitsec: 1
+name: few
+parties:
+  ann: {}
+  ben: {}
+  hub: {listen: "tcp://hub.example.org:7400"}
+  cas: {}
+exchanges:
+  - {name: one, from: ann, to: ben, shape: [], dtype: float64}
+  - {name: two, from: ann, to: cas, shape: [], dtype: float64}
+  - {name: three, from: cas, to: ben, shape: [], dtype: float64}
+routes:
+  - {from: ann, to: ben, via: [hub]}
+  - {from: ann, to: cas, via: [hub]}
+"""
+    both = text + "  - {from: cas, to: ben, via: [hub]}\ncircuits: {padding: padme}\n"
+    assert draw(parse_graph(both)).endswith(
+        """
+ann, ben, cas dial hub at tcp://hub.example.org:7400
+ann, ben and cas build circuits to each other through hub
+relay, which cannot read what it passes on: hub
+cells that carry messages are padded to a few sizes
+"""
+    )
+    two = text.replace("  - {name: three, from: cas, to: ben, shape: [], dtype: float64}\n", "")
+    assert "ann builds circuits to ben and cas through hub\n" in draw(parse_graph(two))
+    one = two.replace("to: cas, via: [hub]", "to: cas, via: [hub, dov]").replace(
+        "  cas: {}\n", '  cas: {}\n  dov: {listen: "tcp://dov.example.org:7400"}\n'
+    )
+    assert "ann builds a circuit to ben through hub\nann builds a circuit to cas through hub, dov\n" in draw(
+        parse_graph(one)
+    )
+
+
 @pytest.mark.parametrize("text", [U_SHAPED, VERTICAL, FIVE], ids=["u-shaped", "vertical", "five"])
 def test_ascii_is_ascii_and_as_wide(text: str) -> None:
     graph = parse_graph(text)

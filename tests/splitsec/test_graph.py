@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from splitsec import graph as graphs
 from splitsec import yamlfile
 from splitsec.errors import GraphError
-from splitsec.graph import Forwarded, Graph, Link, load_graph, parse_graph
+from splitsec.graph import Circuit, Graph, Link, load_graph, parse_graph
 
 VANILLA = """\
 splitsec: 1
@@ -106,10 +106,10 @@ def test_a_round_robin_group_with_one_server() -> None:
     assert graph.edges_out_of("trunk") == ()
     assert graph.data_parties(1) == ("clinic-b",)
     assert graph.links() == tuple(Link(f"clinic-{one}", "server") for one in "abc")
-    assert graph.forwarded() == (  # the ring: a to b, b to c, c to a
-        Forwarded("clinic-a", "clinic-b", "server"),
-        Forwarded("clinic-b", "clinic-c", "server"),
-        Forwarded("clinic-a", "clinic-c", "server"),
+    assert graph.circuits_between() == (  # the ring: a to b, b to c, c to a
+        Circuit("clinic-a", "clinic-b", (("server",),)),
+        Circuit("clinic-b", "clinic-c", (("server",),)),
+        Circuit("clinic-a", "clinic-c", (("server",),)),
     )
     assert graph.cuts[0].sample_bytes == 32 * 7 * 7 * 4
     assert graph.labels[0].sample_bytes == 8
@@ -119,7 +119,7 @@ def test_a_round_robin_group_with_one_server() -> None:
 def test_a_parallel_group_hands_nothing_on() -> None:
     graph = parse_graph(changed(VANILLA, ("round_robin", "parallel")))
     assert graph.schedule == "parallel"
-    assert graph.forwarded() == ()
+    assert graph.circuits_between() == ()
 
 
 def test_data_at_several_parties() -> None:
@@ -135,7 +135,7 @@ def test_data_at_several_parties() -> None:
         Link("registry", "hub"),
         Link("left", "right"),  # they agree on the order of samples, and right listens
     )
-    assert graph.forwarded() == (Forwarded("left", "registry", "hub"),)
+    assert graph.circuits_between() == (Circuit("left", "registry", (("hub",),)),)
     assert graph.exchanges[0].shape == (None, 16)
     assert graph.timeouts.connect == 30.0
 
@@ -189,7 +189,7 @@ labels: [{from: one, to: high, dtype: float32, shape: [1]}]
 """
     graph = parse_graph(text)
     assert graph.links() == ()
-    assert graph.forwarded() == ()
+    assert graph.circuits_between() == ()
 
 
 def test_a_graph_of_exchanges_alone() -> None:
@@ -215,7 +215,7 @@ def test_the_post_quantum_hybrid_is_on_unless_the_file_says_otherwise(line: str,
 def test_two_members_that_could_link_do_so() -> None:
     graph = parse_graph(changed(VANILLA, ("clinic-b: {}", 'clinic-b: {listen: "tcp://b.example.org:7400"}')))
     assert Link("clinic-a", "clinic-b") in graph.links()
-    assert graph.forwarded() == (Forwarded("clinic-a", "clinic-c", "clinic-b"),)
+    assert graph.circuits_between() == (Circuit("clinic-a", "clinic-c", (("clinic-b",),)),)
 
 
 def test_everything_is_frozen() -> None:

@@ -50,6 +50,8 @@ class Thread:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, int, bytes, bytes]] = []
         self.events: deque[Event] = deque()
+        self.opened_peers: list[bytes] = []
+        self.left_peers: list[bytes] = []
         self.closed_peers: list[tuple[bytes, int, str]] = []
         self.error: below.TransportsError | None = None
         self.closed: list[int] = []
@@ -63,6 +65,12 @@ class Thread:
 
     def receive(self, timeout: float | None = None) -> Event | None:
         return self.events.popleft() if self.events else None
+
+    def open_peer(self, peer: bytes) -> None:
+        self.opened_peers.append(peer)
+
+    def leave_peer(self, peer: bytes) -> None:
+        self.left_peers.append(peer)
 
     def close_peer(self, peer: bytes, reason: int, why: str) -> None:
         self.closed_peers.append((peer, reason, why))
@@ -413,3 +421,134 @@ def test_every_lane_that_goes_out_comes_in_with_the_same_declaration() -> None:
             count += 1
     assert count == sum(len(plan.lanes_in) for plan in plans.values()) > 8
     assert ("registry", ORDER) in plans["clinic"].lanes_out
+
+
+# --- a member of an anonymous group, and those outside it
+
+
+def member() -> tuple[Guard, Thread]:
+    """The clinic, as if it were one of several: the server is on call."""
+    thread = Thread()
+    keys = {name: key for name, key in KEYS.items() if name != "clinic"}
+    return Guard(make_plan(GRAPH, "clinic"), keys, thread, connect_timeout=5, on_call=["server"]), thread
+
+
+def called() -> tuple[Guard, Thread]:
+    guard, thread = member()
+    thread.events.append(Opened(KEYS["server"]))
+    guard.call(guard.on_call)
+    return guard, thread
+
+
+def test_nobody_waits_for_those_on_call_nor_for_a_crowd() -> None:
+    guard, thread = member()
+    thread.events.append(Opened(KEYS["registry"]))
+    guard.open_all(["registry", "server"])
+    assert thread.opened_peers == []
+
+    thread = Thread()
+    keys = {name: key for name, key in KEYS.items() if name != "server"}
+    guard = Guard(make_plan(GRAPH, "server"), keys, thread, connect_timeout=5, crowds=["clinic"])
+    thread.events.append(Opened(KEYS["registry"]))
+    guard.open_all(["registry", "clinic"])
+
+
+def test_a_channel_for_each_turn() -> None:
+    guard, thread = called()
+    lane = to_server("activation")
+    guard.release(lane, activation(1, 4, 2, key=(0, 0)))
+    guard.call(guard.on_call)  # it is there
+    assert thread.opened_peers == [KEYS["server"]]
+
+    closed: list[tuple[str, str]] = []
+    guard.on_closed = lambda party, how: closed.append((party, how))
+    thread.events.append(Closed(KEYS["server"], None, CloseCode.NORMAL))
+    guard.part(guard.on_call)
+    guard.part(guard.on_call)  # it is closed
+    assert (thread.left_peers, closed) == ([KEYS["server"]], [("server", "normal")])
+
+    thread.events.append(Opened(KEYS["server"]))
+    guard.call(guard.on_call)
+    assert thread.opened_peers == [KEYS["server"]] * 2
+    with pytest.raises(EgressRefused, match=r"message \(0, 0\) after \(0, 0\)"):  # whoever it was before
+        guard.release(lane, activation(1, 4, 2, key=(0, 0)))
+    guard.release(lane, activation(1, 4, 2, key=(1, 0)))
+    assert len(thread.sent) == 2
+
+
+def test_between_turns_nothing_is_sent_to_those_on_call() -> None:
+    guard, thread = member()
+    words = "activation of stem -> trunk to server, with which there is no channel now"
+    with pytest.raises(EgressRefused, match=words):
+        guard.release(to_server("activation"), activation(1, 4, 2))
+    guard, thread = called()
+    thread.events.append(Closed(KEYS["server"], None, CloseCode.NORMAL))
+    guard.part(guard.on_call)
+    with pytest.raises(EgressRefused, match=words):
+        guard.release(to_server("activation"), activation(1, 4, 2))
+    assert thread.sent == []
+
+
+def test_one_on_call_that_does_not_come_or_does_not_stay() -> None:
+    guard, thread = member()
+    with pytest.raises(PeerUnreachable, match="server: did not come up within 5 s"):
+        guard.call(guard.on_call)
+
+    guard, thread = member()
+    thread.events.append(Closed(KEYS["server"], Refused(RefusalReason.UNKNOWN_KEY), CloseCode.ERROR))
+    with pytest.raises(PeerRefusedUs, match="does not name our key"):
+        guard.call(guard.on_call)
+
+    guard, thread = called()
+    thread.events.append(Closed(KEYS["server"], None, CloseCode.NORMAL))
+    guard.wait()
+    with pytest.raises(PeerLost, match="left before the run was over"):  # it said goodbye, and not we
+        guard.part(guard.on_call)
+
+    guard, thread = called()
+    thread.events.append(Closed(KEYS["server"], Lost("nothing was heard for 20 s"), CloseCode.LOST))
+    with pytest.raises(PeerLost, match="was lost"):
+        guard.part(guard.on_call)
+
+
+def test_how_a_tensor_lies_in_memory_does_not_tell_whose_it_is() -> None:
+    """Numbers are the same; headers and lengths, too, however the module made them."""
+    plain = torch.arange(24.0).view(3, 4, 2)
+    layouts = {
+        "row by row": plain,
+        "columns first": plain.transpose(1, 2).contiguous().transpose(1, 2),
+        "with gaps": torch.zeros(3, 4, 5)[:, :, :2].copy_(plain),
+        "backwards": plain.flip(0).permute(2, 1, 0).contiguous().permute(2, 1, 0).flip(0),
+    }
+    sent: set[tuple[bytes, bytes]] = set()
+    for tensor in layouts.values():
+        guard, thread = called()
+        guard.release(to_server("activation"), Message("activation", (0, 0), tensors={"": tensor}))
+        ((_, _, header, body),) = thread.sent
+        sent.add((header, body))
+    assert len(sent) == 1
+
+    sent.clear()
+    for tensor in (
+        torch.ones(1, 4, 2),
+        torch.ones(1, 1, 1).expand(1, 4, 2),
+        torch.ones(1, 8).as_strided((1, 4, 2), (5, 2, 1)),
+    ):
+        guard, thread = called()
+        guard.release(to_server("activation"), Message("activation", (0, 0), tensors={"": tensor}))
+        ((_, _, header, body),) = thread.sent
+        sent.add((header, body))
+    assert len(sent) == 1, "what is repeated, or of one row, too"
+
+
+@pytest.mark.parametrize("code", [CloseCode.STOPPED, CloseCode.MISBEHAVED, CloseCode.LOST])
+def test_those_on_call_hear_of_one_reason_only_why_a_member_leaves(code: CloseCode) -> None:
+    guard, thread = called()
+    guard.close(code)
+    assert [(peer, said) for peer, said, _ in thread.closed_peers] == [(KEYS["server"], CloseCode.ERROR)]
+    assert thread.closed == [code]
+
+    for quiet in (CloseCode.NORMAL, CloseCode.ERROR):
+        guard, thread = called()
+        guard.close(quiet)
+        assert (thread.closed_peers, thread.closed) == ([], [quiet])

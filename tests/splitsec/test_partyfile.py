@@ -127,6 +127,40 @@ def test_an_absolute_key_file_stays_absolute(folder: Path) -> None:
     assert load_folder(folder).parties["clinic-a"].key_path == Path("/etc/splitsec/a.key")
 
 
+def test_the_key_of_an_anonymous_group(folder: Path) -> None:
+    """Only its members have one; where it is not named, `check` and `simulate` do without."""
+    change(folder / "graph.yaml", "  server: {listen", '  relay: {listen: "tcp://127.0.0.1:7401"}\n  server: {listen')
+    change(folder / "graph.yaml", "  extra: {at: server, data: z, loss: custom}\n", "")
+    change(folder / "graph.yaml", "  - {from: server, to: extra}\n", "")
+    change(
+        folder / "graph.yaml",
+        "dtype: float32}\n",
+        "dtype: float32, anonymous: true}\nroutes: [{from: clinics, to: server, via: [relay]}]\n",
+    )
+    (folder / "parties" / "server.yaml").write_text(
+        'party: server\nsegments:\n  trunk: {model: "models:trunk", optimizer: {name: sgd, lr: 0.1}}\n'
+    )
+    assert load_folder(folder).parties["clinic-a"].group_key_path is None
+    for name in ("clinic-a", "clinic-b"):
+        file = folder / "parties" / f"{name}.yaml"
+        file.write_text(file.read_text() + "group_key_file: ../clinics.key\n")
+    loaded = load_folder(folder).parties["clinic-a"]
+    assert loaded.group_key_path == folder / "parties" / "../clinics.key"
+    file = folder / "parties" / "server.yaml"
+    file.write_text(file.read_text() + "group_key_file: clinics.key\n")
+    error = refused(folder)
+    assert error.seen == "`group_key_file` is given, but the graph has this party in no anonymous group"
+    assert (error.file, error.line) == (str(file), 4)
+    assert "anonymous: true" in error.expected
+    assert "this party should not have it" in error.fix
+
+
+def test_a_group_key_where_no_group_is_anonymous(folder: Path) -> None:
+    file = folder / "parties" / "clinic-a.yaml"
+    file.write_text(file.read_text() + "group_key_file: clinics.key\n")
+    assert "no anonymous group" in refused(folder).seen
+
+
 def test_everything_is_frozen(folder: Path) -> None:
     clinic = load_party(folder / "parties" / "clinic-a.yaml")
     with pytest.raises(ValueError, match="frozen"):

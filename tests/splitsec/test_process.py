@@ -104,9 +104,9 @@ def test_start_up_without_the_compiler() -> None:
     assert run(program) == "SGD False 1\nAdam False 1\nAdamW False 1\nRMSprop False 1\n"
 
 
-def start() -> subprocess.Popen[bytes]:
+def start(module: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "splitsec.process"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -115,9 +115,10 @@ def start() -> subprocess.Popen[bytes]:
     )
 
 
-def test_a_parent_that_is_gone_before_it_says_anything() -> None:
+@pytest.mark.parametrize("module", ["splitsec.process", "splitsec.relay"])
+def test_a_parent_that_is_gone_before_it_says_anything(module: str) -> None:
     """Standard input ends: there is nothing to do and nobody to tell."""
-    process = start()
+    process = start(module)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     handle = os.pidfd_open(process.pid)
     process.stdin.close()

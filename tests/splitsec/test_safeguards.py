@@ -717,22 +717,22 @@ def test_a_member_whose_budget_is_spent_is_passed_over() -> None:
     train, evaluate = ([Turn(phase, epoch, (k,)) for k in range(3)] for phase, epoch in ((TRAIN, 0), (EVALUATE, 0)))
     assert list(run_schedule(group("round_robin"), epochs=2, counts=counts)) == [
         train[0],
-        HandOn(0, 1),
+        HandOn(0, 1, 0),
         train[1],
-        HandOn(1, 2),
+        HandOn(1, 2, 0),
         train[2],
         evaluate[2],
-        HandOn(2, 0),
+        HandOn(2, 0, 0),
         evaluate[0],
-        HandOn(0, 1),
+        HandOn(0, 1, 0),
         evaluate[1],
         Turn(TRAIN, 1, (0,)),
-        HandOn(0, 2),
+        HandOn(0, 2, 1),
         Turn(TRAIN, 1, (2,)),
         Turn(EVALUATE, 1, (2,)),
-        HandOn(2, 0),
+        HandOn(2, 0, 1),
         Turn(EVALUATE, 1, (0,)),
-        HandOn(0, 1),
+        HandOn(0, 1, 1),
         Turn(EVALUATE, 1, (1,)),  # its test samples may still be used
     ]
 

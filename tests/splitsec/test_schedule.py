@@ -25,6 +25,7 @@ from splitsec.schedule import (
     HandOn,
     Step,
     Turn,
+    last_turn,
     prediction_schedule,
     run_schedule,
     steps_of,
@@ -116,26 +117,50 @@ def test_parallel_members_take_all_their_turns_together_and_hand_nothing_on(memb
 def test_a_round_robin_of_three_spelled_out() -> None:
     assert list(run_schedule(graph_of(3, "round_robin"), epochs=2)) == [
         Turn(TRAIN, 0, (0,)),
-        HandOn(0, 1),
+        HandOn(0, 1, 0),
         Turn(TRAIN, 0, (1,)),
-        HandOn(1, 2),
+        HandOn(1, 2, 0),
         Turn(TRAIN, 0, (2,)),
         Turn(EVALUATE, 0, (2,)),
-        HandOn(2, 0),
+        HandOn(2, 0, 0),
         Turn(EVALUATE, 0, (0,)),
-        HandOn(0, 1),
+        HandOn(0, 1, 0),
         Turn(EVALUATE, 0, (1,)),
         Turn(TRAIN, 1, (0,)),
-        HandOn(0, 1),
+        HandOn(0, 1, 1),
         Turn(TRAIN, 1, (1,)),
-        HandOn(1, 2),
+        HandOn(1, 2, 1),
         Turn(TRAIN, 1, (2,)),
         Turn(EVALUATE, 1, (2,)),
-        HandOn(2, 0),
+        HandOn(2, 0, 1),
         Turn(EVALUATE, 1, (0,)),
-        HandOn(0, 1),
+        HandOn(0, 1, 1),
         Turn(EVALUATE, 1, (1,)),
     ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=st.integers(1, 9), epochs=st.integers(1, 5), schedule=st.sampled_from(["round_robin", "parallel"]))
+def test_the_last_turn(members: int, epochs: int, schedule: str) -> None:
+    graph = graph_of(members, schedule)
+    assert last_turn(graph, epochs=epochs) == turns(graph, epochs)[-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=st.integers(1, 9), epochs=st.integers(1, 5))
+def test_weights_change_hands_within_an_epoch_and_all_hold_them_where_one_begins(members: int, epochs: int) -> None:
+    """So the members of an anonymous group may work other streams in the next."""
+    holding = set(range(members))
+    epoch = 0
+    for entry in run_schedule(graph_of(members, "round_robin"), epochs=epochs):
+        if entry.epoch != epoch:
+            assert holding == set(range(members))
+            epoch = entry.epoch
+        if isinstance(entry, HandOn):
+            holding.add(entry.taker)
+        elif entry.phase == TRAIN:
+            holding = set(entry.streams)
+    assert holding == set(range(members))
 
 
 @pytest.mark.parametrize("schedule", ["round_robin", "parallel"])

@@ -44,12 +44,13 @@ private):
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
+  splitsec relay GRAPH ...     pass on what others send, unread, over the network
   splitsec ledger FOLDER       what privacy was spent, and on what
   splitsec journal show FOLDER what left, entry by entry; `verify`: and that nobody changed it
   splitsec listen FILE         read the trace of a party's traffic
 """
     )
-    for command in ("check", "keys", "simulate", "predict", "join", "ledger", "journal", "listen"):
+    for command in ("check", "keys", "simulate", "predict", "join", "relay", "ledger", "journal", "listen"):
         assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
         assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
 
@@ -75,6 +76,22 @@ splitsec: clinic-a.key: there is a file already, and a key is never written over
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     private = read_key(file)
     assert shell.run("keys", "show", file).stdout == f'  clinic-a: {{key: "{public_text(public_of(private))}"}}\n'
+
+
+def test_a_new_key_of_a_group(shell: Shell) -> None:
+    """It goes to every member, and another line into the graph file."""
+    assert (
+        transcript(shell, "keys new clinics --group", "keys show clinics.key --group")
+        == """\
+$ splitsec keys new clinics --group
+    key: "KEY"
+Private key of the group: clinics.key.  Hand a copy to each of its members (`group_key_file` in the \
+party file) and to nobody else: who has it can speak as one of them.
+Paste this line into the graph file, under `groups:`, into `clinics`
+$ splitsec keys show clinics.key --group
+    key: "KEY"
+"""
+    )
 
 
 def test_a_key_for_another_party_than_the_file_says(shell: Shell) -> None:

@@ -121,6 +121,22 @@ splitsec: small/graph.yaml:11: the segment `trunk` computes a loss, but no edge 
   to do: add `{from: server, to: trunk}` under `labels`, or another `from` that holds them
 """,
     ),
+    "a route through somebody unknown": Mistake(
+        spoil=written(("labels:\n", "routes:\n  - {from: clinics, to: server, via: [relay-1]}\nlabels:\n")),
+        said="""\
+splitsec: small/graph.yaml:15: the relay `relay-1` is unknown
+  expected: a name from `parties`
+  to do: use one of `clinic-a`, `clinic-b`, `server`
+""",
+    ),
+    "an anonymous group without a route": Mistake(
+        spoil=written(("shape: [8]", "anonymous: true, shape: [8]")),
+        said="""\
+splitsec: small/graph.yaml:13: `clinic-a` has no route to `server`, but the group `clinics` is anonymous there
+  expected: a route from every member: on a link of its own, each would be known by its address
+  to do: add `{from: clinics, to: server, via: [...]}` under `routes`
+""",
+    ),
     "a file that is not YAML": Mistake(
         spoil=written(("groups:\n", "groups: {\n")),
         said="""\

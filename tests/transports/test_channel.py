@@ -7,20 +7,30 @@ from collections.abc import Callable
 
 import pytest
 
-from splitsec.transports.channel import Channel, Event, Forwarded, Message, Outgoing, Relay
+from splitsec.transports.channel import Cell, CellSource, Channel, Event, Message, Outgoing
 from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved
-from splitsec.transports.limits import CHUNK_MAX, GATHER_MAX, HEADER_MAX, MESSAGE_COST, OVERHEAD, RUN_SIZE, WINDOW
-from splitsec.transports.session import Ended, Session, State
+from splitsec.transports.limits import (
+    CELL_HEAD,
+    CHUNK_MAX,
+    GATHER_MAX,
+    HEADER_MAX,
+    MESSAGE_COST,
+    OVERHEAD,
+    RUN_SIZE,
+    SMALL_CELL,
+    WINDOW,
+)
+from splitsec.transports.session import Ended, Lend, Session, State
 from splitsec.transports.testing import FakeClock, Wire, lend, session_pair
-from splitsec.transports.wire import ChunkHeader, CloseCode, Kind, pack_forward_prefix
+from splitsec.transports.wire import ChunkHeader, CloseCode, Kind
 
 LANES = {1: 40 << 20, 2: 1000}
 
 
-def opened(*, window: int = WINDOW, forwards: bool = False) -> tuple[Channel, Channel, Wire]:
+def opened(*, window: int = WINDOW, cell: int | None = None) -> tuple[Channel, Channel, Wire]:
     """Two channels that have met, and the wire between them."""
     clock = FakeClock()
-    left, right = (Channel(LANES, run=bytes([end]) * RUN_SIZE, forwards=forwards, window=window) for end in (1, 2))
+    left, right = (Channel(LANES, run=bytes([end]) * RUN_SIZE, window=window, cell=cell) for end in (1, 2))
     return left, right, meet(left, right, clock)
 
 
@@ -92,7 +102,7 @@ def test_a_small_message_is_one_frame_and_a_large_one_is_cut_in_chunks() -> None
 def test_a_chunk_within_one_buffer_is_not_copied() -> None:
     body = pattern(3 * CHUNK_MAX)
     message = Outgoing(1, b"", [body])
-    chunk = message.cut()
+    chunk = message.cut(message.next_size())
     assert isinstance(chunk, memoryview)
     assert chunk.obj is body
     body[0] ^= 1
@@ -207,14 +217,13 @@ def chunk(**fields: int) -> ChunkHeader:
         ([crafted(chunk(header_size=HEADER_MAX + 1), b"four")], "header of 1048577 bytes"),
         ([crafted(chunk(value=3), b"four")], "4 bytes where at most 3 are due"),
         ([crafted(chunk(value=3), b"")], "0 bytes where at most 3 are due"),
-        ([crafted(chunk(value=2 * CHUNK_MAX), bytes(CHUNK_MAX + 1))], "1048577 bytes where at most 1048576"),
         ([crafted(chunk(value=4, number=1), b"four")], "out of order"),
         ([crafted(chunk(value=4), b"four"), crafted(chunk(value=4), b"four")], "out of order"),
         ([crafted(chunk(value=8), b"four"), crafted(chunk(value=9), b"four")], "does not belong"),
         ([crafted(chunk(value=8), b"four"), crafted(chunk(value=8, number=1), b"four")], "does not belong"),
         ([crafted(chunk(value=8), b"four"), crafted(chunk(value=7, header_size=1), b"four")], "does not belong"),
         ([crafted(chunk(value=8), b"four"), crafted(chunk(value=8), b"fivef")], "5 bytes where at most 4"),
-        ([crafted(ChunkHeader(Kind.FORWARD), bytes(100))], "forward nothing"),
+        ([crafted(ChunkHeader(Kind.CELL, number=1), bytes(100))], "CELL frame in an open session"),
     ],
 )
 def test_what_the_contract_does_not_allow_closes_the_channel_before_memory_is_made(
@@ -242,12 +251,6 @@ def test_a_message_at_its_limit_is_taken() -> None:
     left.send(Outgoing(2, bytes(HEADER_MAX), [bytes(1000)]))
     wire.run()
     assert len(messages(wire.events[1])) == 1
-
-
-def test_a_forwarded_frame_that_holds_none_is_refused() -> None:
-    left, right, wire = opened(forwards=True)
-    with pytest.raises(PeerMisbehaved, match="holds none"):
-        right.receive(memoryview(crafted(ChunkHeader(Kind.FORWARD), bytes(40))(carried(left))), wire.clock.now)
 
 
 @pytest.mark.parametrize("lane", [-1, 1 << 16])
@@ -295,22 +298,52 @@ def test_three_large_messages_share_the_channel() -> None:
     assert order == [1, 2, 3] * 4
 
 
-def test_forwarded_frames_take_turns_too() -> None:
-    left, _, wire = opened(forwards=True)
-    prefix = pack_forward_prefix(b"k" * 32, 9)
-    waiting = [prefix + b"%d" % number for number in range(3)]
-    relay = Relay(lambda: waiting.pop(0) if waiting else None)
+def test_cells_take_turns_too() -> None:
+    left, _, wire = opened()
+    waiting = [b"%d" % number for number in range(3)]
+
+    def take(lend: Lend) -> tuple[ChunkHeader, memoryview, bytes] | None:
+        if not waiting:
+            return None
+        frame = lend(CELL_HEAD + SMALL_CELL)
+        frame[CELL_HEAD : CELL_HEAD + 1] = waiting.pop(0)
+        return ChunkHeader(Kind.CELL, payload_size=1, number=9), frame, b""
+
+    source = CellSource(take)
     left.send(Outgoing(1, b"", [bytes(3 * CHUNK_MAX)]))
-    left.forward(relay)
-    left.forward(relay)
+    left.carry_cells(source)
+    left.carry_cells(source)
     wire.collect(0)
-    assert [len(frame) > 1000 for frame in wire.queues[0]] == [True, False, True, False, True, False]
+    assert [len(frame) > 10_000 for frame in wire.queues[0]] == [True, False, True, False, True, False]
+    assert [frame[0] for frame in wire.queues[0]] == [3, 4, 3, 4, 3, 4]
     wire.run()
-    forwarded = [event for event in wire.events[1] if isinstance(event, Forwarded)]
-    assert [(event.key, event.connection, bytes(event.payload[40:])) for event in forwarded] == [
-        (b"k" * 32, 9, b"%d" % number) for number in range(3)
-    ]
-    assert not relay.waiting
+    cells = [event for event in wire.events[1] if isinstance(event, Cell)]
+    assert [(cell.header.number, bytes(cell.payload)) for cell in cells] == [(9, b"%d" % n) for n in range(3)]
+    assert not source.waiting
+
+
+def test_cells_and_lanes_hold_back_goodbye() -> None:
+    left, _, wire = opened()
+    left_over = [b"last words"]
+
+    def take(lend: Lend) -> tuple[ChunkHeader, memoryview, bytes] | None:
+        return (ChunkHeader(Kind.DESTROY), lend(CELL_HEAD + SMALL_CELL), b"") if left_over and left_over.pop() else None
+
+    left.carry_cells(CellSource(take))
+    left.leave(CloseCode.NORMAL)
+    wire.run()
+    assert [type(event) for event in wire.events[1]] == [Cell, Ended]
+
+
+@pytest.mark.parametrize("body", [0, 1, 993, 994, 995, 1000, 5000, 900_000])
+def test_where_a_circuit_carries_it_no_chunk_is_larger_than_a_cell_holds(body: int) -> None:
+    left, _, wire = opened(cell=1000)
+    left.send(Outgoing(1, b"header", [pattern(body // 2), pattern(body - body // 2)]))
+    wire.collect(0)
+    sizes = [len(frame) - OVERHEAD for frame in wire.queues[0]]
+    assert sizes == [1000] * ((body + 6) // 1000) + [(body + 6) % 1000] * ((body + 6) % 1000 > 0)
+    wire.run()
+    assert messages(wire.events[1])[0].body == bytes(pattern(body // 2) + pattern(body - body // 2))
 
 
 # The window.

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ import zmq
 
 from splitsec.transports import channel, iothread
 from splitsec.transports.base import AddressError
+from splitsec.transports.circuit import Leg
 from splitsec.transports.errors import LocalProtocolError, Lost, PeerMisbehaved, RefusalReason, Refused, Restarted
 from splitsec.transports.handshake import MAGIC, Initiator
 from splitsec.transports.iothread import CloseCode, Closed, Interrupted, IOThread, Opened, Peer, Received
-from splitsec.transports.limits import FRAME_MAX, LOGS_BURST
+from splitsec.transports.limits import CELL_MAX, CIRCUIT_CELLS, FRAME_MAX, LOGS_BURST
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Session
 from splitsec.transports.testing import lend
@@ -551,19 +553,20 @@ def test_a_peer_that_never_comes_up_is_given_up(party: Make, dials: bool) -> Non
         a.io.send(b.key, 1, b"nobody")
 
 
-# Frames are passed on.
+# Circuits lead to whom there is no link with.
 
 
 class Chain:
-    """A and C have no link; B, whom both dial, forwards."""
+    """A and C have no link; B, whom both dial, is a relay between them."""
 
     def __init__(self, party: Make, *, allowed: bool = True, c_first: bool = True, **arguments: object) -> None:
         self.a, self.b, self.c = party(1), party(2), party(3)
         self.party, self.arguments = party, arguments
-        pairs = {frozenset({end.key, party(4).key}) for end in (self.a, self.c)}  # and with somebody else
+        passages = [(end.key, party(4).key) for end in (self.a, self.c)]  # to somebody else
+        passages.append((self.c.key, self.a.key))  # and the other way, which nobody goes
         if allowed:
-            pairs.add(frozenset({self.a.key, self.c.key}))
-        self.start(self.b, [self.b.peer(self.a), self.b.peer(self.c)], listen=ANY, forwards=pairs)
+            passages.append((self.a.key, self.c.key))
+        self.start(self.b, [self.b.peer(self.a), self.b.peer(self.c)], listen=ANY, passages=passages)
         self.start_end(self.a, self.c, True)
         if c_first:
             self.start_end(self.c, self.a, False)
@@ -576,7 +579,7 @@ class Chain:
             here,
             [
                 here.peer(self.b, dial=self.b.io.endpoint),
-                here.peer(there, via=self.b.key, initiator=initiator),
+                here.peer(there, routes=((self.b.key,),), initiator=initiator),
             ],
         )
 
@@ -587,26 +590,33 @@ class Chain:
 
 
 def test_two_peers_talk_through_a_third_who_cannot_read(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[bytes] = []  # every plaintext that B's channels give out
+    came: list[bytes] = []  # all that B's links give out
+    went: list[bytes] = []  # and what is left of it under B's layer, or gets one
     chain = Chain(party)
     chain.meet()
-    real = iothread._Driver._forwarded
+    real_cell, real_wait = iothread._Driver._cell, Leg.wait
 
-    def spy(self: iothread._Driver, line: iothread._Line, key: bytes, number: int, payload: bytearray) -> None:
+    def cell(self: iothread._Driver, line: iothread._Line, cell: channel.Cell) -> None:
         if self is chain.b.io._driver:
-            opened.append(bytes(payload))
-        real(self, line, key, number, payload)
+            came.append(bytes(cell.payload))
+        real_cell(self, line, cell)
 
-    monkeypatch.setattr(iothread._Driver, "_forwarded", spy)
+    def wait(self: Leg, block: bytearray, used: int, size: int, came_by: Leg | None) -> None:
+        went.append(bytes(block))
+        real_wait(self, block, used, size, came_by)
+
+    monkeypatch.setattr(iothread._Driver, "_cell", cell)
+    monkeypatch.setattr(Leg, "wait", wait)
     secret = b"the weights of a segment " * 100_000
     chain.a.io.send(chain.c.key, 1, b"a telling header", [secret])
     assert chain.c.next() == Received(chain.a.key, 1, b"a telling header", memoryview(secret))
     chain.c.io.send(chain.a.key, 1, b"a telling answer", [secret])
     assert chain.a.next() == Received(chain.c.key, 1, b"a telling answer", memoryview(secret))
-    assert sum(map(len, opened)) > 2 * len(secret)
-    for plaintext in opened:
-        assert b"weights" not in plaintext
-        assert b"telling" not in plaintext
+    for seen in (came, went):
+        assert sum(map(len, seen)) > 2 * len(secret)
+        for what in seen:
+            assert b"weights" not in what
+            assert b"telling" not in what
     assert chain.b.io.receive(0.05) is None
 
 
@@ -629,14 +639,14 @@ def test_large_messages_pass_both_ways_at_once_and_nothing_piles_up_in_the_middl
     party: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    real = iothread._Passage.put
+    real = Leg.wait
 
-    def put(self: iothread._Passage, frame: bytearray) -> bool:
-        taken = real(self, frame)
-        held.append(self.size)
-        return taken
+    def wait(self: Leg, block: bytearray, used: int, size: int, came_by: Leg | None) -> None:
+        real(self, block, used, size, came_by)
+        if came_by is not None:
+            held.append(sum(waiting[2] for waiting in self.waiting))
 
-    monkeypatch.setattr(iothread._Passage, "put", put)
+    monkeypatch.setattr(Leg, "wait", wait)
     chain = Chain(party)
     chain.meet()
     body = os.urandom(1 << 20) * 64
@@ -646,52 +656,62 @@ def test_large_messages_pass_both_ways_at_once_and_nothing_piles_up_in_the_middl
     assert chain.c.next() == Received(chain.a.key, 1, b"there", memoryview(body))
     assert chain.a.next() == Received(chain.c.key, 1, b"back", memoryview(body))
     assert chain.b.next() == Received(chain.a.key, 1, b"for you", memoryview(body))
-    assert max(held) <= 18 << 20  # a window and the frames' overhead
+    assert sum(held) > 1 << 20
+    assert max(held) <= CIRCUIT_CELLS * CELL_MAX
 
 
-def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make) -> None:
-    """B forwards for A, and for C, but not between them."""
-    chain = Chain(party, allowed=False)
+@pytest.mark.parametrize("allowed", [False, None], ids=["somewhere else", "nowhere"])
+def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make, allowed: bool | None) -> None:
+    """B passes circuits on, but none from A to C.  That is no fault of A's: its channel with B goes on."""
+    chain = Chain(party, allowed=False, connect_timeout=1.0)
+    if allowed is None:
+        chain.b.io._driver._circuits = replace(chain.b.io._driver._circuits, passages=frozenset())
     assert chain.a.next() == Opened(chain.b.key)
     closed = chain.a.next()
     assert isinstance(closed, Closed)
-    assert closed.peer == chain.b.key
-    assert closed.code is CloseCode.MISBEHAVED
-    assert isinstance(chain.a.next(), Closed)  # C, who can only be reached via B
+    assert closed.peer == chain.c.key
+    assert closed.code is CloseCode.LOST
+    assert "did not come up within 1 s; the last try ended so: the circuit ended at hop 1: unreachable" in str(
+        closed.error
+    )
+    assert {chain.b.next(), chain.b.next()} == {Opened(chain.a.key), Opened(chain.c.key)}
+    chain.a.io.send(chain.b.key, 1, b"we go on")
+    assert chain.b.next() == Received(chain.a.key, 1, b"we go on", memoryview(b""))
     assert chain.c.next() == Opened(chain.b.key)
-    assert chain.c.io.receive(0.1) is None
-    events = [chain.b.next() for _ in range(3)]
-    assert [type(event.error) for event in events if isinstance(event, Closed)] == [PeerMisbehaved]
+    assert isinstance(chain.c.next(), Closed)
 
 
-def test_nobody_is_passed_on_by_who_forwards_nothing(party: Make) -> None:
-    a, b, c = party(1), party(2), party(3)
-    party.start(b, [b.peer(a), b.peer(c)], listen=ANY)  # type: ignore[attr-defined]
-    party.start(a, [a.peer(b, dial=b.io.endpoint), a.peer(c, via=b.key, initiator=True)])  # type: ignore[attr-defined]
-    assert b.next() == Opened(a.key)
-    closed = b.next()
-    assert isinstance(closed, Closed)
-    assert "we forward nothing with this peer" in str(closed.error)
-
-
-def test_the_one_in_the_middle_cannot_speak_for_the_far_end(party: Make, caplog: pytest.LogCaptureFixture) -> None:
-    """B hands A a hello "from C", made without C's key: A turns it down, and goes on with B."""
+@pytest.mark.parametrize("whose", ["its own", "the relay's"])
+def test_nobody_can_speak_for_the_far_end(party: Make, caplog: pytest.LogCaptureFixture, whose: str) -> None:
+    """D reaches A by the way on which C would come, and proves another key than C's: one that A knows, from a link."""
     caplog.set_level(logging.WARNING, "splitsec.transports")
-    a, b, c = party(1), party(2), party(3)
-    pair = frozenset({a.key, c.key})
-    party.start(b, [b.peer(a), b.peer(c)], listen=ANY, forwards={pair})  # type: ignore[attr-defined]
-    party.start(a, [a.peer(b, dial=b.io.endpoint), a.peer(c, via=b.key)])  # type: ignore[attr-defined]
+    a, b, c, d = (party(number) for number in (1, 2, 3, 4))
+    start = party.start  # type: ignore[attr-defined]
+    start(b, [b.peer(a), b.peer(d)], listen=ANY, passages=[(d.key, a.key)])
+    start(a, [a.peer(b, dial=b.io.endpoint), a.peer(c, routes=((b.key,),))])
     assert [a.next(), b.next()] == [Opened(b.key), Opened(a.key)]
-    forgery = Initiator(b.private_key, a.key, bytes(32))
-    forgery.start()
-    frames = [c.key + bytes(8) + hello for hello in forgery.frames_to_send()]
-    open_channel = b.io._driver._states[a.key].channel
-    assert open_channel is not None
-    open_channel.forward(channel.Relay(lambda: frames.pop() if frames else None))
+    proves = b.private_key if whose == "the relay's" else None
+    start(d, [d.peer(b, dial=b.io.endpoint), d.peer(a, routes=((b.key,),), initiator=True, proves=proves)])
+    assert d.next() == Opened(b.key)
+    closed = d.next()
+    assert isinstance(closed, Closed)
+    assert isinstance(closed.error, Refused)
+    assert closed.error.reason is RefusalReason.UNKNOWN_KEY
+    assert str(Refused(RefusalReason.UNKNOWN_KEY, by_peer=False)) in caplog.text
     b.io.send(a.key, 1, b"after the forgery")
     assert a.next() == Received(b.key, 1, b"after the forgery", memoryview(b""))
-    assert str(Refused(RefusalReason.UNKNOWN_KEY, by_peer=False)) in caplog.text
-    assert a.io.receive(0.1) is None
+
+
+def test_who_has_a_link_cannot_come_by_a_circuit_nor_the_other_way(party: Make) -> None:
+    """A knows C by a circuit only: C's hello on a connection of its own is turned down."""
+    a, b, c = party(1), party(2), party(3)
+    start = party.start  # type: ignore[attr-defined]
+    start(a, [a.peer(b), a.peer(c, routes=((b.key,),))], listen=ANY)
+    start(c, [c.peer(a, dial=a.io.endpoint)])
+    closed = c.next()
+    assert isinstance(closed, Closed)
+    assert isinstance(closed.error, Refused)
+    assert closed.error.reason is RefusalReason.UNKNOWN_KEY
 
 
 def test_when_the_far_end_goes_the_near_end_hears_of_it(party: Make) -> None:
@@ -709,22 +729,25 @@ def test_when_the_far_end_dies_the_near_end_finds_out_by_its_silence(
 ) -> None:
     chain = Chain(party, lost_after=1.0)
     chain.meet()
-    monkeypatch.setattr(chain.b.io._driver, "_forwarded", lambda *_: None)  # B passes nothing on any more
+    monkeypatch.setattr(chain.b.io._driver, "_cell", lambda *_: None)  # B passes nothing on any more
     interrupted = chain.a.next()
     assert isinstance(interrupted, Interrupted)
     assert (interrupted.peer, str(interrupted.error)) == (chain.c.key, "nothing was heard for 1 s")
 
 
-def test_when_the_middle_goes_both_ends_lose_each_other(party: Make) -> None:
-    chain = Chain(party)
+def test_when_the_middle_goes_for_good_both_ends_lose_each_other(party: Make) -> None:
+    chain = Chain(party, gone_after=0.5)
     chain.meet()
     chain.b.io.close()
     for end, other in ((chain.a, chain.c), (chain.c, chain.a)):
-        assert end.next() == Closed(chain.b.key, None, CloseCode.NORMAL)
-        closed = end.next()
+        events = [end.next() for _ in range(3)]
+        assert Closed(chain.b.key, None, CloseCode.NORMAL) in events
+        (interrupted,) = [event for event in events if isinstance(event, Interrupted)]
+        assert interrupted.peer == other.key
+        closed = events[-1]
         assert isinstance(closed, Closed)
         assert closed.peer == other.key
-        assert "forwards between us is gone" in str(closed.error)
+        assert "no connection that lasted for 0.5 s" in str(closed.error)
 
 
 # Our own mistakes.
@@ -752,10 +775,19 @@ def test_arguments_that_cannot_be_meant_are_told_at_once() -> None:
     with pytest.raises(LocalProtocolError, match="32 bytes"):
         Peer(b"short")
     with pytest.raises(LocalProtocolError, match="not both"):
-        Peer(key, dial=ANY, via=key)
+        Peer(key, dial=ANY, routes=((key,),))
+    with pytest.raises(LocalProtocolError, match="not both"):
+        Peer(key, cells_only=True, routes=((key,),))
+    with pytest.raises(LocalProtocolError, match="at least one relay"):
+        Peer(key, routes=((),))
+    with pytest.raises(LocalProtocolError, match="on call"):
+        Peer(key, on_call=True)
+    with pytest.raises(LocalProtocolError, match="crowd"):
+        Peer(key, routes=((key,),), crowd=True, initiator=True)
     for arguments, match in (
         ({"peers": [Peer(key), Peer(key)]}, "one key"),
-        ({"peers": [Peer(key, via=b"v" * 32)]}, "via"),
+        ({"peers": [Peer(key, routes=((b"v" * 32,),))]}, "begins and ends with a peer"),
+        ({"peers": [Peer(key, routes=((public_key_of(b"\3" * 32),),)), Peer(b"v" * 32)]}, "begins and ends"),
         ({"private_key": b"short"}, "private key"),
         ({"digest": b"short"}, "digest"),
     ):

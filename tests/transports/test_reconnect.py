@@ -193,10 +193,10 @@ def test_both_may_dial_at_once(party: Make, attempt: int) -> None:
 def test_two_peers_talk_through_a_third_over_broken_connections(party: Make) -> None:
     a, b, c = party(1), party(2), party(3)
     start = party.start  # type: ignore[attr-defined]
-    start(b, [b.peer(a), b.peer(c)], listen=ANY, forwards=[frozenset((a.key, c.key))])
+    start(b, [b.peer(a), b.peer(c)], listen=ANY, passages=[(a.key, c.key)])
     with TroubledProxy(port_of(b.io), CALM, 1) as near, TroubledProxy(port_of(b.io), CALM, 2) as far:
-        start(a, [a.peer(b, dial=near.address), a.peer(c, via=b.key, initiator=True)])
-        start(c, [c.peer(b, dial=far.address), c.peer(a, via=b.key)])
+        start(a, [a.peer(b, dial=near.address), a.peer(c, routes=((b.key,),), initiator=True)])
+        start(c, [c.peer(b, dial=far.address), c.peer(a, routes=((b.key,),))])
         for number in range(4):
             a.io.send(c.key, 1, b"%d" % number, [bytes(2_000_000)])
             (near, far)[number % 2].cut()
