@@ -124,7 +124,7 @@ def _trace(file: Path, graph: Graph, party_file: PartyFile, job: Job, report: Re
         party=party_file.party,
         graph=graph.name,
         action=job.action,
-        parties=tuple(graph.parties),
+        parties=(*graph.parties, *((graph.anonymous,) if graph.anonymous else ())),
         warn=warn,
     )
 

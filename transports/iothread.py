@@ -263,12 +263,12 @@ class IOThread:
     ) -> None:
         """``private_key``: X25519, 32 bytes.  ``digest``: the contract's, 32 bytes.  ``listen``: address to listen at.
 
-        ``passages``: from which link circuits may go on to which, by key.  ``cell_limit``: bytes of the largest cell
-        that all agree on.  ``cover``: seconds; our ends of circuits then send one cell every so many, with something in
-        it or not. ``connect_timeout``: seconds from ``start`` until a peer that is not there is given up. ``lost_after``:
-        seconds of silence after which a connection is held for broken. ``gone_after``: seconds without a connection
-        after which a peer is given up. ``post_quantum``: whether ML-KEM-768 stands beside X25519; all sides must say
-        the same. ``options``: for a transport, by scheme.
+        ``passages``: from which link circuits may go on to which, by key. ``cell_limit``: bytes of the largest cell
+        that all agree on. ``cover``: seconds; our ends of circuits then send one cell every so many, with something in
+        it or not. ``connect_timeout``: seconds from ``start`` until a peer that is not there is given up.
+        ``lost_after``: seconds of silence after which a connection is held for broken. ``gone_after``: seconds without
+        a connection after which a peer is given up. ``post_quantum``: whether ML-KEM-768 stands beside X25519; all
+        sides must say the same. ``options``: for a transport, by scheme.
         """
         self._peers = {peer.key: peer for peer in peers}
         if len(self._peers) != len(peers):

@@ -215,11 +215,16 @@ def talk(net: Net, name: str, *, first: str, last: str) -> tuple[list[dict[str, 
         if name == first:
             guard.call(guard.on_call)
             gossip.tell(counts, guard.on_call)
-            guard.part(guard.on_call)
     else:
         counts = gossip.agree_on_counts({})
-    if name == last:
-        guard.call(guard.on_call)
+    for epoch, member in enumerate((first, last)):
+        if epoch and first != last and name in (first, last):
+            gossip.give_the_word(last, 1) if name == first else gossip.take_the_word(first, 1)
+        if name == member:
+            guard.call(guard.on_call)
+            gossip.begin_turn(10 * epoch, guard.on_call)
+            guard.part(guard.on_call if epoch == 0 else ())
+        gossip.hear_the_group(10 * epoch)
     gossip.stay_until_all_are_done(guard.on_call if name == last else ())
     guard.close()
     return counts, drawn
@@ -239,11 +244,25 @@ def test_a_group_agrees_among_its_members_and_speaks_with_one_voice(text: str, f
         assert agreed == {name: ([USED] * 3, drawn if name in MEMBERS else []) for name in names}
         far = len(graph.far_ends)
         assert [who for who, facts in net.outward if facts["say"] == "counts"] == [first] * 3 * far
+        turns = [who for who, facts in net.outward if facts["say"] == "turn"]
+        assert turns == [first] * far + [last] * far
         assert {who for who, facts in net.outward if facts["say"] == "done"} == {last}
         assert not any(member in str(facts) for _, facts in net.outward for member in MEMBERS)
         assert not any("drawn" in facts for _, facts in net.outward)
         assert {to for _, to, _ in net.inward} == {last}
         assert {facts["say"] for _, _, facts in net.inward} == {"done"}
+
+
+def test_a_group_that_begins_another_turn_than_is_due() -> None:
+    net = Net(parse_graph(HIDDEN))
+    guard = net.guard("server")
+    gossip = Gossip(net.graph, "server", guard, guard.plan.neighbours)
+    for step in (4, 9):
+        header, _ = encode(Message("control", facts={"say": "turn", "step": step}))
+        net.events["server"].put(Received(key_of(GROUP), CONTROL, header, memoryview(bytearray())))
+    gossip.hear_the_group(4)
+    with pytest.raises(PeerMisbehaved, match="clinics: began a turn with step 9"):
+        gossip.hear_the_group(8)
 
 
 def test_a_group_uses_what_all_of_its_members_have() -> None:
@@ -296,6 +315,9 @@ COUNTS = {"say": "counts", "stream": 1, "train": 7, "test": 4, "predict": 0}
         ("server", "clinics", {**COUNTS, "drawn": b"d" * DRAWN}),
         ("server", "clinics", {"say": "done", "party": "clinic-b"}),
         ("server", "clinics", {"say": "done", "party": "relay-1"}),
+        ("server", "clinics", {"say": "turn", "step": "first"}),
+        ("clinic-a", "server", {"say": "turn", "step": 0}),
+        ("clinic-a", "server", {"say": "your turn", "epoch": 1}),
     ],
 )
 def test_what_neither_a_group_nor_those_outside_may_say(listener: str, speaker: str, facts: dict[str, Any]) -> None:
