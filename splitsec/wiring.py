@@ -87,17 +87,19 @@ def peers_of(graph: Graph, party: str, plan: Plan | None = None, *, group_key: b
     return peers
 
 
-def passages_of(graph: Graph, party: str) -> frozenset[tuple[bytes, bytes]]:
-    """From whose link circuits may go on to whose at ``party``, by key: as the routes lead, and nowhere else."""
+def passages_of(graph: Graph, party: str) -> tuple[tuple[bytes, bytes], ...]:
+    """From whose link circuits may go on to whose at ``party``, by key: as the routes lead, and nowhere else; each way
+    as often as there are circuits that go it.
+    """
     keys = keys_of(graph)
-    found: set[tuple[str, str]] = set()
+    found: list[tuple[bytes, bytes]] = []
     for first, second, routes in graph.circuits_between():
         for route in routes:
             if party in route:
                 way = (first, *route, second)
                 at = way.index(party)
-                found.add((way[at - 1], way[at + 1]))
-    return frozenset((keys[before], keys[after]) for before, after in found)
+                found.append((keys[way[at - 1]], keys[way[at + 1]]))
+    return tuple(found)
 
 
 def _at_the_end(graph: Graph, plan: Plan, circuit: Circuit, keys: dict[str, bytes], group_key: bytes | None) -> Peer:

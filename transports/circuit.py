@@ -36,6 +36,7 @@ from splitsec.transports.limits import (
     CELL_LENGTH,
     CELL_MAX,
     CELL_ROOM,
+    COUNTER_LIMIT,
     HOPS_MAX,
     KEY_SIZE,
     LAYER_COST,
@@ -65,6 +66,7 @@ __all__ = [
 _NEVER: Final = float("inf")
 _ZEROS: Final = memoryview(bytes(CELL_MAX))
 _START: Final = 1 + CELL_LENGTH  # where data begins under a layer
+_HANDSHAKE_MAX: Final = SMALL_CELL - CELL_ROOM - CELL_LENGTH - KEY_SIZE  # bytes that go in every cell they travel in
 
 Outgoing: TypeAlias = tuple[ChunkHeader, memoryview, bytes]
 """A cell to be sent: header, the frame with all but its head in place, the handshake message of CREATE and CREATED."""
@@ -395,8 +397,8 @@ class Origin:
         sealed = cell.payload
         here, there = self._memory.scratch(cell.size)
         for hop, (_, opener) in enumerate(self._layers):
-            size = opener.open_into(sealed, here)
-            command, rest = _command(here[0]), here[1:size]
+            size = opener.open_into(sealed, here, _bound(cell.size))
+            command, rest = _command(here[:size]), here[1:size]
             if command is not Command.PASS:
                 return self._obey(hop, command, unpack_meant(rest), now)
             sealed, here, there = rest, there, here
@@ -433,6 +435,11 @@ class Origin:
         content = _content(leg, self._pull_now, self._pace, self._sizes, self._memory)
         return None if content is None else self._seal(*content, lend)
 
+    def _is_old(self) -> bool:
+        """Its keys have sealed half of what they may.  Whoever uses it builds another."""
+        sealer, opener = self._layers[0]
+        return max(sealer.counter, opener.counter) >= COUNTER_LIMIT // 2
+
     def _pull_now(self, lend: Lend) -> tuple[Frame, bool] | None:
         return None if self.pull is None else self.pull(lend)
 
@@ -442,13 +449,14 @@ class Origin:
         rest = size - CELL_ROOM
         here[used : 1 + rest] = _ZEROS[: 1 + rest - used]
         plain = here[: 1 + rest]
+        bound = _bound(size)
         for sealer, _ in self._layers[:0:-1]:
-            count = sealer.seal_into(plain, there[1:])
+            count = sealer.seal_into(plain, there[1:], bound)
             there[0] = Command.PASS
             plain = there[: 1 + count]
             here, there = there, here
         frame = lend(CELL_HEAD + size)
-        count = self._layers[0].sealer.seal_into(plain, frame[CELL_HEAD:])
+        count = self._layers[0].sealer.seal_into(plain, frame[CELL_HEAD:], bound)
         frame[CELL_HEAD + count :] = self._entropy(size - count)
         self.leg.sent += size
         return self.leg.head(Kind.CELL, count), frame, b""
@@ -466,11 +474,13 @@ class Origin:
         """Do what is due at ``now``, seconds."""
         if self._state is State.BUILDING and now >= self._built_by:
             return self._end(Why.LOST, tell=Why.DONE)
+        if self._state is State.OPEN and self._is_old():
+            return self._end(Why.DONE, tell=Why.DONE)
         self._pace.tick(now)
         return []
 
     def deadline(self) -> float:
-        """When ``tick`` is due, seconds."""
+        """When ``tick`` is due, seconds; for an old circuit, whenever it is called (a session inside keeps waking)."""
         match self._state:
             case State.BUILDING:
                 return self._built_by
@@ -559,7 +569,7 @@ class Relay:
 
     def receive(self, leg: Leg, cell: Cell, now: float) -> list[Event]:
         """Take one cell from either side.  Whatever is wrong with it ends the circuit."""
-        if self._place is Place.OVER:
+        if self._place is Place.OVER or leg.over:
             return []
         try:
             leg.arrive(cell)
@@ -586,8 +596,8 @@ class Relay:
         assert self._layer is not None
         block = self._memory.take(cell.size)
         room = memoryview(block)[CELL_HEAD - 1 :]  # what is to be passed on then lies behind the head of its frame
-        size = self._layer.opener.open_into(cell.payload, room)
-        command = _command(room[0])
+        size = self._layer.opener.open_into(cell.payload, room, _bound(cell.size))
+        command = _command(room[:size])
         if command is Command.PASS and self._place is Place.PASSING:
             assert self.front is not None
             self.front.wait(block, size - 1, cell.size, self.back)
@@ -598,7 +608,7 @@ class Relay:
         data = unpack_meant(room[1:size])
         if self._place is Place.END:
             match command:
-                case Command.EXTEND if len(data) > KEY_SIZE:
+                case Command.EXTEND if KEY_SIZE < len(data) <= KEY_SIZE + _HANDSHAKE_MAX:
                     self._place = Place.EXTENDING
                     return [Extend(bytes(data[:KEY_SIZE]), bytes(data[KEY_SIZE:]))]
                 case Command.DATA:
@@ -609,7 +619,7 @@ class Relay:
 
     def _from_front(self, front: Leg, cell: Cell) -> list[Event]:
         match cell.header.kind:
-            case Kind.CREATED if self._place is Place.EXTENDING:
+            case Kind.CREATED if self._place is Place.EXTENDING and len(cell.payload) <= _HANDSHAKE_MAX:
                 self._place = Place.PASSING
                 self._say(Command.EXTENDED, cell.payload)
             case Kind.CELL if self._place is Place.PASSING:
@@ -634,7 +644,7 @@ class Relay:
             plain[:] = cell.room
         plain[0] = Command.PASS
         block = self._memory.take(cell.size)
-        count = self._layer.sealer.seal_into(plain, memoryview(block)[CELL_HEAD:])
+        count = self._layer.sealer.seal_into(plain, memoryview(block)[CELL_HEAD:], _bound(cell.size))
         self.back.wait(block, count, cell.size, front)
 
     def _say(self, command: Command, data: bytes | memoryview) -> None:
@@ -651,7 +661,7 @@ class Relay:
         rest = size - CELL_ROOM
         here[used : 1 + rest] = _ZEROS[: 1 + rest - used]
         block = self._memory.take(size)
-        count = self._layer.sealer.seal_into(here[: 1 + rest], memoryview(block)[CELL_HEAD:])
+        count = self._layer.sealer.seal_into(here[: 1 + rest], memoryview(block)[CELL_HEAD:], _bound(size))
         self.back.wait(block, count, size, None)
 
     def next_cell(self, leg: Leg, lend: Lend) -> Outgoing | None:
@@ -690,7 +700,7 @@ class Relay:
 
     def lose(self, leg: Leg) -> list[Event]:
         """A link is gone."""
-        if self._place is Place.OVER:
+        if self._place is Place.OVER or leg.over:
             return []
         leg.finish(None)
         if leg is self.back:
@@ -727,11 +737,18 @@ class Relay:
         return [Ended(why)]
 
 
-def _command(code: int) -> Command:
+def _bound(size: int) -> bytes:
+    """What every layer of a cell of ``size`` bytes is bound to: a size that a relay changes is a mark for another."""
+    return size.to_bytes(CELL_LENGTH, "big")
+
+
+def _command(opened: memoryview) -> Command:
+    if not opened:
+        raise PeerMisbehaved("a layer with nothing under it")
     try:
-        return Command(code)
+        return Command(opened[0])
     except ValueError:
-        raise PeerMisbehaved(f"the unknown command {code} in a cell") from None
+        raise PeerMisbehaved(f"the unknown command {opened[0]} in a cell") from None
 
 
 def _content(leg: Leg, pull: Pull, pace: _Paced, sizes: Sizes, memory: Memory) -> tuple[int, int] | None:

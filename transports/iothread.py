@@ -28,7 +28,7 @@ import queue
 import selectors
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias, final
@@ -53,7 +53,7 @@ from splitsec.transports.limits import (
     CELL_COST,
     CELL_MAX,
     CIRCUIT_CELLS,
-    CIRCUITS_MAX,
+    CIRCUITS_SPARE,
     CLOSE_SECONDS,
     CROWD_MAX,
     FRAME_MAX,
@@ -263,12 +263,12 @@ class IOThread:
     ) -> None:
         """``private_key``: X25519, 32 bytes.  ``digest``: the contract's, 32 bytes.  ``listen``: address to listen at.
 
-        ``passages``: from which link circuits may go on to which, by key. ``cell_limit``: bytes of the largest cell
-        that all agree on. ``cover``: seconds; our ends of circuits then send one cell every so many, with something in
-        it or not. ``connect_timeout``: seconds from ``start`` until a peer that is not there is given up.
-        ``lost_after``: seconds of silence after which a connection is held for broken. ``gone_after``: seconds without
-        a connection after which a peer is given up. ``post_quantum``: whether ML-KEM-768 stands beside X25519; all
-        sides must say the same. ``options``: for a transport, by scheme.
+        ``passages``: from which link circuits may go on to which, by key; as often as there are such circuits.
+        ``cell_limit``: bytes of the largest cell that all agree on. ``cover``: seconds; our ends of circuits then send
+        one cell every so many, with something in it or not. ``connect_timeout``: seconds from ``start`` until a peer
+        that is not there is given up. ``lost_after``: seconds of silence after which a connection is held for broken.
+        ``gone_after``: seconds without a connection after which a peer is given up. ``post_quantum``: whether ML-
+        KEM-768 stands beside X25519; all sides must say the same. ``options``: for a transport, by scheme.
         """
         self._peers = {peer.key: peer for peer in peers}
         if len(self._peers) != len(peers):
@@ -295,7 +295,7 @@ class IOThread:
             digest,
             self._peers,
             listen,
-            _Circuits(frozenset(passages), cell_limit, cover),
+            _Circuits(Counter(passages), cell_limit, cover),
             _Timeouts(connect_timeout, lost_after, gone_after),
             post_quantum,
             options or {},
@@ -522,9 +522,16 @@ class _Line:
 class _Circuits:
     """What is agreed on about circuits; see ``IOThread``."""
 
-    passages: frozenset[tuple[bytes, bytes]]
+    passages: Counter[tuple[bytes, bytes]]
     limit: int
     cover: float | None
+
+    def most(self, link: bytes, crowds: bool) -> int:
+        """Circuits that may go over one link: twice what the contract has, since one is built anew before all know that
+        the old one is over, and those that end here.
+        """
+        through = sum(count for way, count in self.passages.items() if link in way)
+        return 2 * through + CIRCUITS_SPARE + (CROWD_MAX if crowds else 0)
 
     def sizes(self, peer: Peer | None = None) -> Sizes:
         """Of the cells of a circuit that leads to ``peer``, or passes here."""
@@ -542,6 +549,8 @@ class _Place:
     link: _State
     circuit: _Circuit
     source: CellSource
+    way: tuple[bytes, bytes] | None = None
+    """From whom to whom it goes on here."""
 
 
 @final
@@ -637,6 +646,8 @@ class _Driver:
         self._speakers: dict[bytes, _State] = {}  # who of a crowd spoke last
         self._linked = frozenset(key for key, peer in peers.items() if not peer.routes)
         self._legs: dict[Leg, _Place] = {}
+        self._passing: Counter[tuple[bytes, bytes]] = Counter()  # circuits, by from whom to whom
+        self._most = {key: circuits.most(key, any(peer.crowd for peer in peers.values())) for key in self._linked}
         self._ends: dict[_Circuit, None] = {}  # circuits that begin or end here, in order
         self._memory = Memory()
         self._soon: dict[_Line, None] = {}  # links that were given cells
@@ -1272,12 +1283,16 @@ class _Driver:
             if number not in link.legs:
                 return number
 
-    def _attach(self, link: _State, circuit: _Circuit, leg: Leg) -> None:
+    def _attach(self, link: _State, circuit: _Circuit, leg: Leg, way: tuple[bytes, bytes] | None = None) -> None:
         link.legs[leg.number] = leg
-        self._legs[leg] = _Place(link, circuit, CellSource(lambda lend: self._next_cell(leg, lend)))
+        self._legs[leg] = _Place(link, circuit, CellSource(lambda lend: self._next_cell(leg, lend)), way)
+        if way is not None:
+            self._passing[way] += 1
 
     def _detach(self, leg: Leg) -> None:
         place = self._legs.pop(leg, None)
+        if place is not None and place.way is not None:
+            self._passing[place.way] -= 1
         if place is not None and place.link.legs.get(leg.number) is leg:
             del place.link.legs[leg.number]
 
@@ -1344,7 +1359,7 @@ class _Driver:
                 post_quantum=self._post_quantum,
             )
             self._attach(link, relay, leg)
-            full = len(link.legs) > CIRCUITS_MAX
+            full = len(link.legs) > self._most[link.peer.key]
             self._happened(relay, relay.close(Why.BUSY) if full else relay.create(cell))
         elif (found := link.legs.get(number)) is not None:  # else it is over, and the peer will soon know
             circuit = self._legs[found].circuit
@@ -1391,18 +1406,15 @@ class _Driver:
         """Somebody's circuit is to go on to a neighbour of ours, if the contract has such a route."""
         place = self._legs.get(relay.back)
         link = self._states.get(key)
-        if (
-            place is None
-            or link is None
-            or not link.is_open
-            or (place.link.peer.key, key) not in self._circuits.passages
-        ):
+        way = (b"" if place is None else place.link.peer.key, key)
+        allowed = self._circuits.passages[way]
+        if not allowed or link is None or not link.is_open:
             relay.refuse(Why.UNREACHABLE)
-        elif len(link.legs) >= CIRCUITS_MAX:
+        elif self._passing[way] >= 2 * allowed or len(link.legs) >= self._most[key]:
             relay.refuse(Why.BUSY)
         else:
             leg = Leg(self._number(link), self._circuits.sizes())
-            self._attach(link, relay, leg)
+            self._attach(link, relay, leg, way)
             relay.extend(leg, message)
 
     def _leads_to(self, end: _Circuit) -> _State | None:

@@ -26,7 +26,7 @@ __all__ = [
     "CHUNK_COST",
     "CHUNK_HEADER_SIZE",
     "CHUNK_MAX",
-    "CIRCUITS_MAX",
+    "CIRCUITS_SPARE",
     "CIRCUIT_CELLS",
     "CLOSE_SECONDS",
     "CONNECT_RETRY_MAX_SECONDS",
@@ -192,8 +192,9 @@ CELL_MIN: Final = 16 << 10
 LONE_CELL: Final = 64 << 10
 """Bytes of the cells of a circuit whose messages have no largest size: weights that are handed on."""
 
-CIRCUITS_MAX: Final = 4096
-"""Circuits that one neighbour may have through us or to us."""
+CIRCUITS_SPARE: Final = 64
+"""Circuits that a link may carry beyond twice those that the contract has through us: those that end here, or are being
+built."""
 
 CROWD_MAX: Final = 1024
 """Channels that all who prove one key may have at the same time."""
