@@ -1,7 +1,7 @@
 # Everything starts here.  `make demo` and `make test` do all the set-up on a fresh machine.
 #
 #   make demo        train a network across four processes on real images, then compare with one process
-#   make test        the whole test suite            (PYTEST_ARGS="-k channel" for a part of it)
+#   make test        the whole test suite            (PYTEST_ARGS="-k channel" for a part of it; "-n 0" one after the other)
 #   make fuzz        a million hostile inputs        (FUZZ_ARGS="--target record --seconds 60" for a part of it)
 #   make lint        ruff: rules and format          make format   let ruff mend them
 #   make types       mypy --strict
@@ -62,7 +62,7 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-dev
 	@echo "==> pytest: the whole suite (some minutes)"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: $(VENV)/installed-dev
 	@SPLITSEC_CHAOS=1 SPLITSEC_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/transports/test_reconnect.py -k in_full

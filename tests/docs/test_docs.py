@@ -1,7 +1,8 @@
 """The documentation is true: bytes are recomputed, snippets run, and whatever is named exists.
 
 Here: the worked example of docs/protocol.md against splitsec's machines and against a second implementation, written
-from that page alone; the snippets of docs/api.md; docs/errors.md against the error tree, both ways; every test, file,
+from that page alone, and the order of turns; the graph of docs/circuits.md; the snippets of docs/api.md; docs/errors.md
+against the error tree, both ways; every test, file,
 command and link that a page names; the limits that docs/protocol.md lists.  Not here: docs/graph-file.md
 (tests/splitsec/test_reference.py), which is generated.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import hashlib
 import hmac
 import json
@@ -30,13 +32,14 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from splitsec import errors, simulation
+from splitsec import errors, simulation, turns
 from splitsec.contract import canonical_bytes, digest
 from splitsec.graph import Graph, parse_graph
 from splitsec.guard import SMALL_HEADER, Guard
 from splitsec.identity import parse_public
 from splitsec.messages import Message, encode
 from splitsec.plan import Lane, make_plan
+from splitsec.relay import neighbours_of
 from splitsec.simulation import simulate
 from splitsec.transports import limits
 from splitsec.transports.channel import Channel, Outgoing
@@ -243,6 +246,7 @@ def test_the_step_with_ml_kem_of_the_example(example: dict[str, bytes]) -> None:
 
 
 def test_the_limits_are_those_of_the_code() -> None:
+    assert limits.CIRCUIT_CELLS == 4  # in words below
     text = text_of("protocol.md")
     table = text[text.index("## 10. Limits") : text.index("## Worked example")]
     rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \| (?:yes|no|by)", table, re.MULTILINE))
@@ -256,8 +260,15 @@ def test_the_limits_are_those_of_the_code() -> None:
         "lanes of a channel": f"{limits.LANES_MAX:,}",
         "body of a message": "by lane, see section 6",
         "window of a session over a link": f"{limits.LINK_WINDOW // mib} MiB",
-        "window of a forwarded session": f"{limits.WINDOW // mib} MiB",
-        "held for one forwarded pair and direction": f"{limits.RELAY_BYTES // mib} MiB",
+        "window of a session in a circuit": f"{limits.WINDOW // mib} MiB",
+        "hops of a circuit": f"{limits.HOPS_MAX}, the far end included",
+        "cell": f"{limits.SMALL_CELL:,} to {limits.CELL_MAX:,} bytes; "
+        "less where many circuits share a relay, see section 7",
+        "held at a relay for one circuit and direction": "four of the largest cells",
+        "circuits that go on from one neighbour to another": "twice those that the graph has",
+        "circuits over one link": f"twice those that the graph has through this party, and {limits.CIRCUITS_SPARE}; "
+        f"at the far end of an anonymous group {limits.CROWD_MAX:,} more",
+        "channels of one anonymous group at a time": f"{limits.CROWD_MAX:,}",
         "bytes under one key, before the next": f"{limits.REKEY_BYTES >> 30} GiB",
         "time under one key, before the next": f"{limits.REKEY_SECONDS:g} s",
         "chunks sent and not acknowledged": f"{limits.UNACKED_CHUNKS:,}",
@@ -282,6 +293,52 @@ def test_the_limits_are_those_of_the_code() -> None:
         ),
         "header of a message, but of weights and order": f"{SMALL_HEADER // 1024} KiB",
     }
+
+
+def test_the_order_of_turns_follows_from_the_page_alone() -> None:
+    """Section 9 of docs/protocol.md, from RFC 5869 up."""
+    text = text_of("protocol.md")
+    assert all(text.count(f"`splitsec/{name}/` ||") == 1 for name in ("run", "turns", "rows"))
+
+    def expand(key: bytes, info: bytes, size: int) -> bytes:
+        out = block = b""
+        for number in range(1, -(-size // 32) + 1):
+            block = hmac.digest(key, block + info + bytes([number]), "sha256")
+            out += block
+        return out[:size]
+
+    def permutation(count: int, purpose: bytes) -> tuple[int, ...]:
+        key = expand(hmac.digest(run, private, "sha256"), purpose, 32)
+        words = (
+            word
+            for block in range(1000)
+            for word in struct.unpack(">2040I", expand(key, struct.pack(">I", block), 8160))
+        )
+        places = list(range(count))
+        for last in range(count - 1, 0, -1):
+            word = next(word for word in words if word < 2**32 - 2**32 % (last + 1))
+            chosen = word % (last + 1)
+            places[last], places[chosen] = places[chosen], places[last]
+        return tuple(places)
+
+    private, bound, drawn = (bytes([value]) * 32 for value in (0x51, 0x52, 0x53))
+    run = hashlib.sha256(b"splitsec/run/" + bound + drawn + private).digest()
+    assert turns.run_of(bound, [drawn, private]) == run
+    for epoch in range(20):
+        assert turns.order(private, run, epoch, 7) == permutation(7, b"splitsec/turns/" + struct.pack(">Q", epoch))
+    purpose = b"splitsec/rows/" + struct.pack(">QQ", 3, 2) + b"train"
+    assert tuple(turns.rows(private, run, "train", 3, 2, 5000)) == permutation(5000, purpose)
+
+
+# --- docs/circuits.md
+
+
+def test_the_graph_of_the_circuits_page_is_one() -> None:
+    (shown,) = re.findall(r"^```yaml\n(splitsec: 1\n.*?)^```$", text_of("circuits.md"), re.MULTILINE | re.DOTALL)
+    graph = parse_graph(shown)
+    assert graph.anonymous == "clinics" and graph.far_ends == {"server"}
+    assert neighbours_of(graph, "relay-1") == ("clinic-a", "clinic-b", "clinic-c", "relay-2")  # as the page says
+    assert parse_graph(shown.replace(", anonymous: true", "").replace(", pseudonym: turn", "")).anonymous is None
 
 
 # --- docs/errors.md
@@ -527,6 +584,7 @@ def node_ids(text: str) -> Iterator[tuple[str, str]]:
         yield file, found[2]
 
 
+@functools.cache
 def defined(file: Path) -> set[str]:
     names: set[str] = set()
 

@@ -38,7 +38,7 @@ cuts:
   - {from: stem, to: trunk, shape: [8], dtype: float32}
 labels:
   - {from: clinic, to: trunk}
-training: {epochs: 150, batch_size: 7, seed: 11}
+training: {epochs: 20, batch_size: 7, seed: 11}
 timeouts: {connect: 60, lost: 5, gone: 60}
 """
 
@@ -185,10 +185,13 @@ def test_the_other_party_never_joins(shell: Shell, pair: Path) -> None:
     assert re.search(r"^splitsec: clinic: did not come up.* within 2 s$", end.stderr, re.MULTILINE)
 
 
-def stands(folder: Path, party: str) -> Path:
-    """Have this party stand in its third step, for as long as it lives; the others wait.  Its party file."""
+def stands(folder: Path, party: str, how: str = "stand") -> Path:
+    """Have this party stand in its third step, for as long as it lives; the others wait.  Its party file.
+
+    ``how``: "halt" stops the whole process instead, as SIGSTOP does, until it is told to go on.
+    """
     file = folder / "parties" / f"{party}.yaml"
-    change(file, (f"party: {party}}}", f"party: {party}, third_step: stand}}"))
+    change(file, (f"party: {party}}}", f"party: {party}, third_step: {how}}}"))
     return file
 
 
@@ -283,10 +286,10 @@ def test_a_party_that_stands_still_for_a_while(
     as without.
     """
     change(pair / "graph.yaml", ("lost: 5", "lost: 2"))
+    stands(pair, party, "halt")
     out = pair.parent / "out"
     commands = {name: join(shell, pair, name, "--out", out) for name in ("server", "clinic")}
-    shell.hear("step", "clinic", "3")
-    os.kill(commands[party].pid, signal.SIGSTOP)
+    shell.hear("step", party, "3")
     (other,) = (name for name in commands if name != party)
     line = commands[other].err.line_with(f"{other}: the connection with {party} broke")
     assert "nothing was heard for 2 s" in line
@@ -300,7 +303,7 @@ def test_a_party_that_stands_still_for_a_while(
 
 def test_ctrl_c_at_one_party(shell: Shell, pair: Path) -> None:
     """It ends with 130; the other one says who left."""
-    change(pair / "graph.yaml", ("epochs: 150", "epochs: 1000000"))
+    change(pair / "graph.yaml", ("epochs: 20", "epochs: 1000000"))
     server = join(shell, pair, "server")
     clinic = join(shell, pair, "clinic")
     shell.hear("step", "clinic", "3")
