@@ -430,13 +430,13 @@ class Circuits(_Entry):
 
     padding: Literal["fixed", "padme"] = Field(
         default="fixed",
-        description="`fixed`: between two ends every cell that carries messages has one size; `padme`: one of few "
+        description="`fixed`: every cell that carries messages has one size, on all circuits; `padme`: one of few "
         "sizes, which costs less and tells more",
     )
     cover: float | None = Field(
         default=None,
         ge=0.001,
-        le=3600,
+        le=2,
         description="seconds: one cell in each direction every so many, whether there is something to send or not; "
         "without it, cells go when there is",
     )

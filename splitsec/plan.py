@@ -30,6 +30,7 @@ __all__ = [
     "StreamPlan",
     "cell_links",
     "exchange_lane",
+    "largest_bodies",
     "make_plan",
     "relays_needed",
     "taking_part",
@@ -218,6 +219,24 @@ def _edges(
         )
 
 
+def largest_bodies(graph: Graph, *, exchanges: bool = False) -> Iterator[tuple[frozenset[str], int]]:
+    """Two parties and the bytes of the largest body that passes between them, for every cut and labels edge of every
+    stream; with ``exchanges``, for every exchange instead.  Weights and orders have no size that a graph knows.
+    """
+    if exchanges:
+        for one in graph.exchanges:
+            yield frozenset((one.source, one.target)), one.max_bytes
+        return
+    rows = _rows(graph)
+    for stream in range(graph.streams):
+        for _, edge in _edges(graph, stream, graph.party_at):
+            yield frozenset((edge.source_party, edge.target_party)), rows * _size(edge.shape, edge.dtype)
+
+
+def _rows(graph: Graph) -> int:
+    return -(-graph.training.batch_size // graph.training.micro_batches)
+
+
 def taking_part(graph: Graph) -> frozenset[str]:
     """The parties that a training or prediction needs: they hold segments, data or labels."""
     places = [segment.at for segment in graph.segments.values()] + [labels.source for labels in graph.labels]
@@ -333,7 +352,7 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
         both(seen(one), seen(other), CONTROL, "control", "control", CONTROL_BODY)
         both(seen(other), seen(one), CONTROL, "control", "control", CONTROL_BODY)
 
-    rows = -(-graph.training.batch_size // graph.training.micro_batches)
+    rows = _rows(graph)
     # Neighbours are at most one step apart, so two parties are at most as many apart as there are parties.
     ahead = graph.training.micro_batches * graph.streams * (len(graph.parties) + 1)
     streams = []

@@ -135,7 +135,7 @@ def _cannot_start(name: str, listen: str | None, error: TransportsError) -> User
         return UserError(
             f"{name} cannot use its addresses: {error}",
             expected="addresses in the graph file that this machine can dial or listen at",
-            fix="follow the message; docs/websocket.md says what wss:// needs",
+            fix="follow the message; docs/websocket.md says what wss:// needs, which stands in a party file (--party)",
         )
     return UserError(
         f"{name} cannot listen at {listen}: {error}",

@@ -7,19 +7,14 @@ cells travel (``transports``).  Neither torch nor numpy: a relay reads this, too
 
 from __future__ import annotations
 
-from typing import Final
-
 from splitsec.errors import InternalError
 from splitsec.graph import Circuit, Graph
 from splitsec.identity import parse_public
-from splitsec.plan import Kind, Plan, cell_links
+from splitsec.plan import Plan, cell_links, largest_bodies
 from splitsec.transports import limits
 from splitsec.transports.iothread import Peer
 
 __all__ = ["cell_limit_of", "cell_of", "keys_of", "passages_of", "peers_of"]
-
-BULK: Final[frozenset[Kind]] = frozenset({"activation", "gradient", "labels", "taken", "exchange"})
-"""What the cells between two ends are made to measure for: weights and orders pass once in a while, in many cells."""
 
 
 def keys_of(graph: Graph) -> dict[str, bytes]:
@@ -55,15 +50,15 @@ def cell_limit_of(graph: Graph) -> int:
     return limits.cell_limit(graph.busiest)
 
 
-def cell_of(graph: Graph, plan: Plan, pair: Circuit) -> int | None:
-    """Bytes of every cell that carries messages between the ends of ``pair``, one of them the plan's party; None: by
-    Padmé.
+def cell_of(graph: Graph, *, exchanges: bool = False) -> int | None:
+    """Bytes of every cell that carries a part of a message, on all circuits alike; None: by Padmé.
+
+    ``exchanges``: in a run that exchanges tensors, and does not train.
     """
     if graph.circuits.padding == "padme":
         return None
-    peer = _other(plan.party, pair)
-    lanes = (*plan.lanes_in.items(), *plan.lanes_out.items())
-    bodies = (lane.max_body for (other, _), lane in lanes if other == peer and lane.kind in BULK)
+    ends = {frozenset((one.first, one.second)) for one in graph.circuits_between()}
+    bodies = (size for pair, size in largest_bodies(graph, exchanges=exchanges) if pair in ends)
     return limits.fixed_cell(max(bodies, default=None), cell_limit_of(graph))
 
 
@@ -83,7 +78,8 @@ def peers_of(graph: Graph, party: str, plan: Plan | None = None, *, group_key: b
         talks = plan is not None and other in plan.peers  # it may have nothing to say to us, and we much to it
         peers.append(Peer(keys[other], dial=dial, lanes=lanes, cells_only=not talks))
     if plan is not None:
-        peers += [_at_the_end(graph, plan, circuit, keys, group_key) for circuit in plan.circuits]
+        cell = cell_of(graph, exchanges=not plan.streams)
+        peers += [_at_the_end(graph, plan, circuit, keys, group_key, cell) for circuit in plan.circuits]
     return peers
 
 
@@ -102,7 +98,9 @@ def passages_of(graph: Graph, party: str) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(found)
 
 
-def _at_the_end(graph: Graph, plan: Plan, circuit: Circuit, keys: dict[str, bytes], group_key: bytes | None) -> Peer:
+def _at_the_end(
+    graph: Graph, plan: Plan, circuit: Circuit, keys: dict[str, bytes], group_key: bytes | None, cell: int | None
+) -> Peer:
     """The other end of ``circuit``."""
     other, builds = _other(plan.party, circuit), plan.party == circuit.first
     hidden = builds and other in graph.far_ends and plan.party in graph.members(graph.anonymous or "")
@@ -113,7 +111,7 @@ def _at_the_end(graph: Graph, plan: Plan, circuit: Circuit, keys: dict[str, byte
         lanes=_lanes(plan, other),
         routes=tuple(tuple(keys[name] for name in route) for route in circuit.routes),
         initiator=builds,
-        cell=cell_of(graph, plan, circuit),
+        cell=cell,
         proves=group_key if hidden else None,
         crowd=other == graph.anonymous,
         on_call=hidden,

@@ -276,7 +276,10 @@ class State(enum.Enum):
 
 
 class _Paced:
-    """One cell every so many seconds, where that is wanted.  Silence must look like talk, and talk like silence."""
+    """One cell every so many seconds, where that is wanted.  Silence must look like talk, and talk like silence.
+
+    The times are fixed when it begins, so that they tell nothing of when a cell came that another one answers.
+    """
 
     def __init__(self, every: float | None, now: float) -> None:
         self._every = every
@@ -341,8 +344,8 @@ class Origin:
         self._entropy = entropy
         self._layers: list[Layer] = []
         self._state = State.BUILDING
-        self._built_by = now + ANSWER_SECONDS
-        self._pace = _Paced(None, now)
+        self._built_by = now + ANSWER_SECONDS + 2 * len(hops) * (sizes.cover or 0.0)
+        self._pace = _Paced(sizes.cover, now + (sizes.cover or 0.0))  # CREATE goes at the first beat
         self._command: bytes | None = None  # EXTEND, to the last hop so far
         self._asking = self._ask()
         self.leg.order(Kind.CREATE, self._asking.message)
@@ -387,7 +390,6 @@ class Origin:
         self._layers.append(self._asking.answered(message))
         if len(self._layers) == len(self._hops):
             self._state = State.OPEN
-            self._pace = _Paced(self._sizes.cover, now)
             return [Built()]
         self._asking = self._ask()
         self._command = pack_meant(Command.EXTEND, self._hops[len(self._layers)] + self._asking.message)
@@ -423,15 +425,13 @@ class Origin:
         order = leg.next_order(lend, self._entropy)
         if order is not None or self._state is State.OVER:
             return order
-        if self._command is not None:
-            if not leg.may_send(SMALL_CELL):
+        if self._state is State.BUILDING:
+            if not self._pace.take() or self._command is None or not leg.may_send(SMALL_CELL):
                 return None
             here, _ = self._memory.scratch(SMALL_CELL)
             command, self._command = self._command, None
             here[: len(command)] = command
             return self._seal(len(command), SMALL_CELL, lend)
-        if self._state is State.BUILDING:
-            return None
         content = _content(leg, self._pull_now, self._pace, self._sizes, self._memory)
         return None if content is None else self._seal(*content, lend)
 
@@ -483,7 +483,7 @@ class Origin:
         """When ``tick`` is due, seconds; for an old circuit, whenever it is called (a session inside keeps waking)."""
         match self._state:
             case State.BUILDING:
-                return self._built_by
+                return min(self._built_by, self._pace.deadline)
             case State.OPEN:
                 return self._pace.deadline
             case _:
@@ -756,7 +756,7 @@ def _content(leg: Leg, pull: Pull, pace: _Paced, sizes: Sizes, memory: Memory) -
 
     None where there is nothing to send, no room for it at the next hop, or not yet time for it.
     """
-    if not leg.may_send(sizes.cell or sizes.largest) or not pace.take():
+    if not pace.take() or not leg.may_send(sizes.cell or sizes.largest):
         return None
     here, _ = memory.scratch(sizes.largest)
     pulled = pull(lambda size: here[_START : _START + size])

@@ -644,6 +644,9 @@ class _Driver:
         self._peers = peers
         self._states: dict[bytes, _State] = {}  # by key; those of a crowd by key and run, beside one for all of it
         self._speakers: dict[bytes, _State] = {}  # who of a crowd spoke last
+        self._untaken: dict[bytes, deque[tuple[_State, int]]] = {  # of crowds: whose messages nobody took yet, in order
+            key: deque() for key, peer in peers.items() if peer.crowd
+        }
         self._linked = frozenset(key for key, peer in peers.items() if not peer.routes)
         self._legs: dict[Leg, _Place] = {}
         self._passing: Counter[tuple[bytes, bytes]] = Counter()  # circuits, by from whom to whom
@@ -857,7 +860,7 @@ class _Driver:
                         state.owed += message.left
                         state.channel.send(message)
                 case _Taken(peer, size):
-                    (self._speakers.get(peer) or self._states[peer]).channel.taken(size)
+                    self._taken(peer, size)
                 case _OpenPeer(peer):
                     if self._states[peer].ended and self._closing is None:
                         state = self._states[peer] = self._new_state(self._states[peer].peer)
@@ -872,6 +875,17 @@ class _Driver:
                     self._closing = close
                     self._close_by = self._now + close.linger
                     self._wake_at = 0.0
+
+    def _taken(self, peer: bytes, size: int) -> None:
+        """The computing side took messages, the oldest first; of a crowd, each has a window of its own."""
+        waiting = self._untaken.get(peer)
+        if waiting is None:
+            self._states[peer].channel.taken(size)
+            return
+        while size > 0 and waiting:
+            state, taken = waiting.popleft()
+            state.channel.taken(taken)
+            size -= taken
 
     def _drain(self, port: base.Port) -> bool:
         """Take what came in at one port, up to a burst; True where there may be more."""
@@ -1182,6 +1196,8 @@ class _Driver:
                 case Message(lane, header, body) if line.known is not None:
                     if line.known.peer.crowd:
                         self._speakers[line.known.peer.key] = line.known
+                        size = len(header) + len(body) + MESSAGE_COST
+                        self._untaken[line.known.peer.key].append((line.known, size))
                     self._owner._tell(Received(line.known.peer.key, lane, header, body))
                 case Cell() as cell:
                     self._cell(line, cell)

@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import random
 import resource
 import signal
@@ -257,9 +258,14 @@ class Report:
         return next((one for one in self.results if one.size == path.size and not one.relays), None)
 
     def share(self, path: Measured) -> float | None:
-        """The path's throughput over that of the direct channel."""
+        """The path's throughput over that of the direct channel: the median over rounds, since what else the machine
+        does changes from round to round.
+        """
         direct = self.direct(path)
-        return None if direct is None else path.rate / direct.rate
+        if direct is None:
+            return None
+        pairs = zip(direct.seconds, path.seconds, strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -454,6 +460,7 @@ def _paths(scratch: str, size: int, relays: Sequence[int], rounds: int, watch: W
                 crew.launch(lane.process(relay), "relay", {**lane.ground.part(relay), "party": relay})
         crew.launch("far", "far", {"paths": {lane.name: lane.ground.part("far") for lane in lanes}})
         opened = crew.start("near", "near", {"paths": {lane.name: lane.ground.part("near-0") for lane in lanes}})
+        crew.answer("far")
         for lane in lanes:
             lane.cell = opened["cells"][lane.name]
             for relay in lane.ground.relays:
@@ -486,12 +493,13 @@ def _paths(scratch: str, size: int, relays: Sequence[int], rounds: int, watch: W
 def _round(crew: _Crew, lane: _Lane, size: int, *, counts: bool) -> None:
     trip = crew.ask("near", "trip", path=lane.name, size=size, trips=trips_of(size))
     before = _look(crew, lane)
-    stream = crew.ask("near", "stream", path=lane.name, size=size, messages=lane.messages)
+    began = crew.ask("near", "stream", path=lane.name, size=size, messages=lane.messages)["at"]
+    there = crew.ask("far", "streamed", path=lane.name)["at"]  # of a clock that all processes share
     after = _look(crew, lane)
     if not counts:
         return
     lane.ms.append(trip["ms"])
-    lane.seconds.append(stream["seconds"])
+    lane.seconds.append(there - began)
     ports = [str(port) for port in lane.ground.links]
     used = [late["cpu"] - early["cpu"] for early, late in zip(before, after, strict=True)][1:]
     lane.cpu = [sum(pair) for pair in zip(lane.cpu or [0.0] * len(used), used, strict=True)]
@@ -499,8 +507,8 @@ def _round(crew: _Crew, lane: _Lane, size: int, *, counts: bool) -> None:
         return  # no TCP_INFO here
     now = []
     for port, early, late in zip(ports, before, after, strict=True):
-        there, back = (b - a for a, b in zip(early["links"][port], late["links"][port], strict=True))
-        now.append((there, back))
+        went, came = (b - a for a, b in zip(early["links"][port], late["links"][port], strict=True))
+        now.append((went, came))
     lane.links = [(a + c, b + d) for (a, b), (c, d) in zip(lane.links or [(0, 0)] * len(now), now, strict=True)]
 
 
@@ -535,6 +543,7 @@ def _crowd(scratch: str, circuits: int, watch: Watch) -> Crowd:
         nears = [name for name in ground.keys if name.startswith("near-")]
         opened = crew.start("near", "near", {"paths": {name: ground.part(name) for name in nears}})
         crew.answer("relay")
+        crew.answer("far")
         idle = crew.ask("relay", "look")["held"]
         crew.tell("near", "crowd", size=CROWD_MESSAGE, messages=CROWD_MESSAGES)
         for end in ("far", "near"):
@@ -694,6 +703,7 @@ class _End:
         }
         self.peer = peers[0].key
         self.peers = len(peers)
+        self.ended: queue.SimpleQueue[float] = queue.SimpleQueue()
         self.cell = peers[0].cell
         self.io: IOThread = IOThread(
             private_key=base64.b64decode(key),
@@ -726,7 +736,7 @@ class _End:
         return event.body
 
     def answer(self) -> None:
-        """Answer as every message wants: with the same, with nothing, or with a word after the last of a stream."""
+        """Answer as every message wants: with the same, or not; note when the last of a stream is there."""
         from splitsec.transports.iothread import Received
 
         while True:
@@ -735,7 +745,7 @@ class _End:
                 if event.header[0]:
                     self.io.send(event.peer, self.lanes[event.peer], HEADER, [event.body], wait=False)
                 elif event.header[1]:
-                    self.io.send(event.peer, self.lanes[event.peer], HEADER, [], wait=False)
+                    self.ended.put(time.monotonic())
             del event  # its memory can be used again once it has left
 
     def _event(self) -> Any:
@@ -758,9 +768,10 @@ def _far(assignment: Mapping[str, Any], failed: _Failed) -> tuple[_Answer, dict[
         except BaseException as error:
             failed(error)
 
-    for path in assignment["paths"].values():
-        threading.Thread(target=answer, args=(_End(path),), name="far", daemon=True).start()
-    return _nothing, {}
+    ends = {name: _End(path) for name, path in assignment["paths"].items()}
+    for end in ends.values():
+        threading.Thread(target=answer, args=(end,), name="far", daemon=True).start()
+    return lambda do, path: {"at": ends[path].ended.get()}, {}
 
 
 def _near(assignment: Mapping[str, Any], failed: _Failed) -> tuple[_Answer, dict[str, Any]]:
@@ -774,7 +785,7 @@ def _near(assignment: Mapping[str, Any], failed: _Failed) -> tuple[_Answer, dict
             case "trip":
                 return {"ms": 1000 * _trips(ends[path], body, trips)}
             case "stream":
-                return {"seconds": _stream(ends[path], body, messages)}
+                return {"at": _stream(ends[path], body, messages)}
             case _:
                 return {"seconds": _all_at_once(list(ends.values()), body, messages)}
 
@@ -794,12 +805,11 @@ def _trips(end: _End, body: bytes, trips: int) -> float:
 
 
 def _stream(end: _End, body: bytes, messages: int) -> float:
-    """Seconds from the first message until the far end has them all."""
-    began = time.perf_counter()
+    """When the first message was sent.  Nothing is said back: that would be one more cell."""
+    began = time.monotonic()
     for number in range(messages):
         end.send(body, echo=False, last=number == messages - 1)
-    end.take()
-    return time.perf_counter() - began
+    return began
 
 
 def _all_at_once(ends: Sequence[_End], body: bytes, messages: int) -> float:

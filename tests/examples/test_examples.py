@@ -24,7 +24,7 @@ from splitsec.graph import load_graph
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OneEpoch = Callable[[str], tuple[dict[str, Any], Path]]
-NAMES = ("extended-vanilla", "multi-hop", "multi-task", "u-shaped", "vanilla", "vertical")
+NAMES = ("extended-vanilla", "multi-hop", "multi-task", "onion", "relayed-chain", "u-shaped", "vanilla", "vertical")
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_one_epoch_equals_one_process_to_the_last_bit(name: str, one_epoch: OneE
             for tensor in want:
                 assert torch.equal(trained[tensor], want[tensor]), f"{party}/{segment}: {tensor}"
     assert accuracy_by_segment(document) == pytest.approx(twin.accuracy(expected))
-    assert document["graph"] == name and document["parties"] == list(graph.parties)
+    assert document["graph"] == name and document["parties"] == list(graph.parties)  # relays, too
     assert all(len(document["metrics"][kind]) == 1 for kind in ("train_loss", "eval_loss", "eval_accuracy"))
 
 
@@ -117,6 +117,33 @@ def test_each_multi_task_server_gets_the_labels_of_its_own_question(one_epoch: O
     document, _ = one_epoch("multi-task")
     labels = {(cut["to"], cut["receiver"]) for cut in document["cuts"] if cut["kind"] == "labels"}
     assert labels == {("digit", "digit-server"), ("parity", "parity-server")}
+
+
+@pytest.mark.parametrize(("routed", "plain"), [("onion", "vanilla"), ("relayed-chain", "multi-hop")])
+def test_relays_change_nothing_to_the_last_bit(routed: str, plain: str, one_epoch: OneEpoch) -> None:
+    """Both runs are real ones, with and without routes; and with routes no two parties that train are linked."""
+    (_, through), (_, direct) = one_epoch(routed), one_epoch(plain)
+    files = sorted(file.relative_to(direct) for file in direct.glob("*/*.safetensors"))
+    assert files == sorted(file.relative_to(through) for file in through.glob("*/*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        ours, theirs = load_file(through / file), load_file(direct / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs), file
+    graph = load_graph(EXAMPLES / routed / "graph.yaml")
+    assert graph.relays == {party for party in graph.parties if party.startswith("relay-")}
+    assert all(graph.relays & set(link[:2]) for link in graph.links())
+
+
+def test_the_clinics_of_the_onion_become_anonymous_as_its_readme_says(tmp_path: Path) -> None:
+    readme = (EXAMPLES / "onion" / "README.md").read_text()
+    text = (EXAMPLES / "onion" / "graph.yaml").read_text()
+    (marked,) = [line for line in readme.splitlines() if "anonymous: true}" in line]
+    plain = marked.replace(", anonymous: true", "")
+    assert text.count(f"{plain}\n") == 1
+    (tmp_path / "graph.yaml").write_text(text.replace(plain, marked))
+    assert load_graph(tmp_path / "graph.yaml").anonymous == "clinics"
+    assert load_graph(EXAMPLES / "onion" / "graph.yaml").anonymous is None
 
 
 def test_vanilla_reaches_94_percent_from_2500_images_and_so_does_one_process(tmp_path: Path) -> None:

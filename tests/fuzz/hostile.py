@@ -16,14 +16,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final, final
 
-from splitsec.transports.channel import Channel, Forwarded, Message, Outgoing
+from splitsec.transports.channel import Cell, Channel, Message, Outgoing
 from splitsec.transports.channel import Event as ChannelEvent
 from splitsec.transports.errors import LocalProtocolError, PeerMisbehaved, Restarted
-from splitsec.transports.limits import CHUNK_HEADER_SIZE, OVERHEAD, PAYLOAD_MAX, RUN_SIZE, TAG_SIZE
+from splitsec.transports.limits import (
+    CELL_HEAD,
+    CHUNK_HEADER_SIZE,
+    OVERHEAD,
+    RUN_SIZE,
+    SMALL_CELL,
+    TAG_SIZE,
+)
 from splitsec.transports.record import Opener, Sealer
 from splitsec.transports.session import Ended, Opened, Session, State
 from splitsec.transports.testing import FakeClock, lend
-from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready, pack_chunk_header
+from splitsec.transports.wire import CELL_KINDS, NO_RUN, ChunkHeader, CloseCode, Kind, Ready, pack_chunk_header
 from tests.fuzz.delivery import PATTERN, expect_bounded, size_of
 from tests.fuzz.script import Script
 from tests.fuzz.standin import KEYS, SMALL, Desk, scaled
@@ -33,13 +40,15 @@ WINDOW: Final = 1024
 STEPS: Final = 200
 OURS, THEIRS = (bytes([number]) * RUN_SIZE for number in (1, 2))
 SEALED: Final = b"\3"
+CELL: Final = b"\4"
+CELL_SIZES: Final = (SMALL_CELL, SMALL_CELL + 1, SMALL_CELL - 1, 5000, 0, 1 << 20)
 _HEAD: Final = 1 + CHUNK_HEADER_SIZE + TAG_SIZE
 
 HEADER_MAX: Final = SMALL["HEADER_MAX"]
 SIZES: Final = (0, 1, 2, 16, 17, 59, 60, 61, 63, 64, 65, 100, 101, 600, 601, WINDOW, 2**16, 2**31, 2**32 - 1)
 TOTALS: Final = (0, 1, 2, 5, 60, 61, 600, 601, 2**16, 2**32, 2**63, 2**64 - 1)
 
-# Mode; a session, ours listening or dialling, with an honest READY; then steps: a chunk (0 to 3: lane, bytes of header,
+# A session, ours listening or dialling, with an honest READY; then steps: a chunk (0 to 3: lane, bytes of header,
 # of body, of payload, what is wrong with it), a message of ours (7: bytes of header, of body), and so on, as below.
 _LISTENS: Final = bytes([0, 0, 0, 0])
 _DIALS: Final = bytes([3, 0, 0, 0])
@@ -48,22 +57,20 @@ _ACKNOWLEDGES: Final = bytes([0, 1, 5, 40, 255, 1])
 _SAY: Final = bytes([7, 20, 9])
 _TAKE: Final = bytes([8])
 SEEDS: Final = (
-    b"\0" + _LISTENS + _CHUNK * 6,
-    b"\0" + _DIALS + _CHUNK * 6,
-    b"\0" + _LISTENS + _CHUNK * 60,  # more than the window allows
-    b"\0" + _LISTENS + bytes(6) * 190,
-    b"\0" + _LISTENS + bytes([0, 1, 5, 200, 30, 0]) * 20,
-    b"\0" + _DIALS + _SAY * 4 + _ACKNOWLEDGES + _SAY * 3 + _ACKNOWLEDGES,
-    b"\0" + _LISTENS + (_CHUNK + _TAKE) * 40,
-    b"\0" + _LISTENS + (_CHUNK + bytes([11])) * 10,
-    b"\0" + _LISTENS + _CHUNK * 3 + (b"\6\0" + _LISTENS + _CHUNK * 3) * 3,  # sessions that end with an empty frame
-    *(b"\0" + _LISTENS + _CHUNK + bytes([0, 1, 5, 40, 255, wrong, 3, 4]) + _CHUNK for wrong in range(160, 256, 8)),
-    *(
-        bytes([mode]) + _LISTENS + bytes([4, kind, 50, *range(50, 100)]) + _CHUNK
-        for mode in (0, 4)
-        for kind in range(10)
-    ),
-    *(b"\0" + bytes([0, 0, wrong, 1, 1, 1]) + _CHUNK + b"\6\0" + _LISTENS + _CHUNK for wrong in range(32)),
+    _LISTENS + _CHUNK * 6,
+    _DIALS + _CHUNK * 6,
+    _LISTENS + _CHUNK * 60,  # more than the window allows
+    _LISTENS + bytes(6) * 190,
+    _LISTENS + bytes([0, 1, 5, 200, 30, 0]) * 20,
+    _DIALS + _SAY * 4 + _ACKNOWLEDGES + _SAY * 3 + _ACKNOWLEDGES,
+    _LISTENS + (_CHUNK + _TAKE) * 40,
+    _LISTENS + (_CHUNK + bytes([11])) * 10,
+    _LISTENS + _CHUNK * 3 + (b"\6\0" + _LISTENS + _CHUNK * 3) * 3,  # sessions that end with an empty frame
+    *(_LISTENS + _CHUNK + bytes([0, 1, 5, 40, 255, wrong, 3, 4]) + _CHUNK for wrong in range(160, 256, 8)),
+    *(_LISTENS + bytes([4, kind, 50, *range(50, 100)]) + _CHUNK for kind in range(15)),
+    *(_LISTENS + bytes([12, kind, 0, 0, 20, *range(20), 0]) * 2 + _CHUNK for kind in range(8, 15)),
+    *(_LISTENS + bytes([12, 11, 0, size, 200, *range(200), 0]) + _CHUNK for size in range(len(CELL_SIZES))),
+    *(bytes([0, 0, wrong, 1, 1, 1]) + _CHUNK + b"\6\0" + _LISTENS + _CHUNK for wrong in range(32)),
 )
 
 
@@ -77,10 +84,9 @@ def hostile(data: bytes) -> None:
 class _Siege:
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.mode = script.byte()
         self.clock = FakeClock()
         self.desk = Desk()
-        self.channel = Channel(LANES, run=OURS, forwards=bool(self.mode & 4), window=WINDOW, now=self.clock.now)
+        self.channel = Channel(LANES, run=OURS, window=WINDOW, now=self.clock.now)
         self.is_open = False
         self.session: Session
         self.sealer: Sealer
@@ -135,12 +141,12 @@ class _Siege:
     def step(self) -> bool:
         """One thing; False where the session is over."""
         script = self.script
-        match script.below(12):
+        match script.below(13):
             case 0 | 1 | 2 | 3:
                 self.say_chunk()
             case 4:
-                kind = script.below(10)
-                has_payload = kind in (Kind.READY, Kind.FORWARD) or script.below(16) == 15
+                kind = script.below(15)
+                has_payload = kind == Kind.READY or script.below(16) == 15
                 self.say(self.header(kind), script.take(script.below(80)) if has_payload else b"")
             case 5:  # a header of no shape, an honest record of it
                 self.say_raw(
@@ -160,6 +166,8 @@ class _Siege:
             case 11:
                 self.say(ChunkHeader(Kind.REKEY))
                 self.sealer.rekey()
+            case 12:
+                self.say_cell()
         self.listen()
         self.check()
         return not self.session.is_over
@@ -190,6 +198,24 @@ class _Siege:
             header = header._replace(**{field: self.odd(field)})  # type: ignore[arg-type]
         self.say(header, payload)
 
+    def say_cell(self) -> None:
+        """A cell of some circuit, as long as its header says or not."""
+        script = self.script
+        header = self.header(script.below(15))
+        size = script.choose(CELL_SIZES)
+        payload = script.take(script.below(256))
+        wrong = script.byte()
+        header = header._replace(payload_size=script.choose(SIZES) if wrong & 0x80 else len(payload))
+        packed = pack_chunk_header(header)
+        frame = memoryview(bytearray(CELL_HEAD + max(size, len(payload) + TAG_SIZE)))
+        frame[0] = CELL[0]
+        self.sealer.seal_into(packed, frame[1:], CELL)
+        if header.kind in (Kind.CREATE, Kind.CREATED) and not wrong & 0x40:
+            self.sealer.seal_into(payload, frame[CELL_HEAD:])
+        else:
+            frame[CELL_HEAD : CELL_HEAD + len(payload)] = payload
+        self.arrive(frame, packed, payload)
+
     def say_ready(self) -> None:
         script = self.script
         wrong = script.below(32)
@@ -216,7 +242,7 @@ class _Siege:
         script = self.script
         match field:
             case "kind":
-                return script.below(12)
+                return script.below(16)
             case "lane":
                 return script.below(1 << 16)
             case "value" | "received":
@@ -296,10 +322,10 @@ class _Siege:
             match event:
                 case Message():
                     self.untaken.append(event)
-                case Forwarded(key, _, payload):
-                    assert self.mode & 4
-                    assert payload[: len(key)] == key
-                    assert len(payload) <= PAYLOAD_MAX
+                case Cell(header):
+                    assert header.kind in CELL_KINDS
+                    assert len(event.payload) == header.payload_size <= event.size
+                    assert event.size >= SMALL_CELL
                 case Opened(peer, ready):
                     assert peer == KEYS[1]
                     self.open(ready)

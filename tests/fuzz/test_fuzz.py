@@ -17,7 +17,15 @@ from tests.fuzz import __main__ as fuzz
 from tests.fuzz import engines
 from tests.fuzz.targets import TARGETS, load
 
-INPUTS: Final = {"delivery": 150, "hostile": 700, "handshake": 400, "zmtp": 700, "record": 2000, "messages": 1500}
+INPUTS: Final = {
+    "circuit": 200,
+    "delivery": 150,
+    "hostile": 700,
+    "handshake": 400,
+    "zmtp": 700,
+    "record": 2000,
+    "messages": 1500,
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -28,7 +28,7 @@ from splitsec.messages import Message, encode
 from splitsec.messaging import Line, open_line
 from splitsec.plan import exchange_lane
 from splitsec.transports import iothread
-from splitsec.transports.circuit import Ended, Memory, Origin, Sizes
+from splitsec.transports.circuit import Built, Ended, Memory, Origin, Sizes
 from splitsec.transports.errors import Lost
 from splitsec.transports.errors import PeerMisbehaved as TransportsMisbehaved
 from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Peer, Received
@@ -430,23 +430,24 @@ def test_an_offender_of_our_own_make_is_told_no_more() -> None:
 class Building:
     """A circuit of the offender's own, by our machine, over the one line that it has."""
 
-    def __init__(self, offender: BadPeer, private_key: bytes, hops: list[bytes]) -> None:
+    def __init__(self, offender: BadPeer, private_key: bytes, hops: list[bytes], place: int = 1) -> None:
         self.offender = offender
-        number = 2 | (public_of(private_key) > hops[0])
+        number = 2 * place | (public_of(private_key) > hops[0])
         sizes = Sizes(None, SMALL_CELL * 4, SMALL_CELL * 16)
         self.origin = Origin(number, hops, digest=DIGEST, sizes=sizes, memory=Memory(), now=0.0)
         self.happened: list[object] = []
 
-    def until_it_ends(self) -> Ended:
-        """Speak and hear until the circuit is over."""
-        while not any(isinstance(event, Ended) for event in self.happened):
+    def outcome(self) -> Ended | Built:
+        """Speak and hear until the circuit is over, or stands."""
+        while not self.happened:
             self.say()
             heard = self.offender.hear()
             if heard.header.kind in CELL_KINDS:
                 self.hear(heard)
         self.say()
-        (ended,) = [event for event in self.happened if isinstance(event, Ended)]
-        return ended
+        (event,) = self.happened
+        assert isinstance(event, Ended | Built)
+        return event
 
     def say(self) -> None:
         """All that is due."""
@@ -483,8 +484,7 @@ def test_who_asks_to_be_passed_on_to_a_stranger_loses_its_circuit_and_nothing_el
             assert honest.receive(PATIENCE) == Opened(key[1])
             # The second is there, and not for it; to the fourth it may go, though nobody is there; the last is unknown.
             for whom in (key[2], key[4], os.urandom(32)):
-                ended = Building(offender, private[3], [key[1], whom]).until_it_ends()
-                assert ended == Ended(Why.UNREACHABLE, 0)
+                assert Building(offender, private[3], [key[1], whom]).outcome() == Ended(Why.UNREACHABLE, 0)
             offender.message(LANE, b"still here")
             assert victim.receive(PATIENCE) == Received(key[3], LANE, b"still here", memoryview(b""))
             honest.send(key[1], LANE, b"here")
@@ -493,6 +493,32 @@ def test_who_asks_to_be_passed_on_to_a_stranger_loses_its_circuit_and_nothing_el
             assert honest.receive(PATIENCE) == Received(key[1], LANE, b"there", memoryview(b""))
             assert not victim._driver._states[key[2]].legs
             assert caplog.records == []
+
+
+def test_who_builds_more_circuits_than_the_contract_has_is_told_that_we_are_busy() -> None:
+    """Twice as many as there may be, since an old one may not be over yet; others have their own."""
+    private = {number: bytes([number]) * 32 for number in (1, 2, 3, 4)}
+    key = {number: public_of(value) for number, value in private.items()}
+    peers = [Peer(key[number], cells_only=True) for number in (2, 3, 4)]
+    passages = [(key[2], key[4]), (key[3], key[4])]
+    with IOThread(
+        private_key=private[1], digest=DIGEST, peers=peers, listen="tcp://127.0.0.1:*", passages=passages
+    ) as io:
+        address = io.endpoint or ""
+        to_relay = Peer(key[1], dial=address, cells_only=True)
+        fourth = [to_relay, *(Peer(key[number], routes=((key[1],),), lanes={LANE: 1000}) for number in (2, 3))]
+        honest = [to_relay, Peer(key[4], routes=((key[1],),), initiator=True, lanes={LANE: 1000})]
+        with (
+            IOThread(private_key=private[4], digest=DIGEST, peers=fourth) as far,
+            BadPeer(address, private[3], key[1], DIGEST).comes_in() as offender,
+        ):
+            while not io._driver._states[key[4]].is_open:
+                assert far.receive(0.02) is None
+            outcomes = [Building(offender, private[3], [key[1], key[4]], place).outcome() for place in range(1, 6)]
+            assert outcomes == [Built(), Built()] + [Ended(Why.BUSY, 0)] * 3
+            with IOThread(private_key=private[2], digest=DIGEST, peers=honest) as near:
+                assert near.receive(PATIENCE) == Opened(key[4])
+                assert far.receive(PATIENCE) == Opened(key[2])
 
 
 # --- while the victim computes, and takes nothing

@@ -316,3 +316,73 @@ def test_ctrl_c_at_one_party(shell: Shell, pair: Path) -> None:
     assert end.code == 4
     assert end.seconds < SECONDS
     assert "\nsplitsec: clinic: was stopped by its operator\n" in end.stderr
+
+
+HIDDEN = """\
+splitsec: 1
+name: hidden
+parties:
+  clinic-a: {}
+  clinic-b: {}
+  relay-1: {listen: "tcp://127.0.0.1:FIRST"}
+  relay-2: {listen: "tcp://127.0.0.1:SECOND"}
+  server: {listen: "tcp://127.0.0.1:SERVER"}
+groups:
+  clinics: {members: [clinic-a, clinic-b], schedule: round_robin}
+segments:
+  stem: {at: clinics, data: x}
+  trunk: {at: server, loss: cross_entropy}
+cuts:
+  - {from: stem, to: trunk, shape: [8], dtype: float32, anonymous: true}
+labels:
+  - {from: clinics, to: trunk}
+routes:
+  - {from: clinics, to: server, via: [relay-1, relay-2]}
+  - {from: clinics, to: clinics, via: [relay-1]}
+training: {epochs: 2, batch_size: 8, seed: 11}
+timeouts: {connect: 60, lost: 5, gone: 60}
+"""
+
+
+def test_an_anonymous_group_with_the_key_of_its_members(shell: Shell, tmp_path: Path) -> None:
+    """What each member needs besides its own key, what is said where it is missing or another, and a run."""
+    graph = replaced(HIDDEN, *((place, str(free_port())) for place in ("FIRST", "SECOND", "SERVER")))
+    names = ("clinic-a", "clinic-b", "relay-1", "relay-2", "server")
+    folder = keyed(shell, write_folder(tmp_path / "hidden", graph), *names)
+    parties = folder / "parties"
+    end = join(shell, folder, "clinic-a").end()
+    assert end.code == 2
+    assert "graph.yaml:10: the anonymous group 'clinics' has no key" in end.stderr
+    assert "splitsec keys new clinics --group" in end.stderr
+    made = shell.run("keys", "new", "clinics", "--group", "--out", parties)
+    key = re.search(r'key: "x25519:[^"]+"', made.stdout)
+    assert key is not None
+    change(folder / "graph.yaml", ("schedule: round_robin}", f"schedule: round_robin, {key[0]}}}"))
+    end = join(shell, folder, "clinic-a").end()
+    assert (end.code, "clinic-a.yaml: `group_key_file` is missing" in re.sub(r":\d+:", ":", end.stderr)) == (2, True)
+    for clinic in ("clinic-a", "clinic-b"):
+        with (parties / f"{clinic}.yaml").open("a") as file:
+            file.write("group_key_file: clinics.key\n")
+    other = parties / "other.key"
+    new_key(other)
+    change(parties / "clinic-a.yaml", ("group_key_file: clinics.key", "group_key_file: other.key"))
+    end = join(shell, folder, "clinic-a").end()
+    assert end.code == 2
+    assert f"graph.yaml:10: the key of the group 'clinics' in the graph is not the one in {other}" in end.stderr
+    assert f"splitsec keys show --group {other}" in end.stderr
+    change(parties / "clinic-a.yaml", ("group_key_file: other.key", "group_key_file: clinics.key"))
+    relays = [
+        shell.start("relay", folder / "graph.yaml", "--key", parties / f"{name}.key") for name in ("relay-1", "relay-2")
+    ]
+    commands = {
+        name: join(shell, folder, name, "--out", tmp_path / "out") for name in ("clinic-a", "clinic-b", "server")
+    }
+    for name, command in commands.items():
+        end = command.end()
+        assert end.code == 0, f"{name}: {end.stderr}"
+        assert name != "server" or "clinic-" not in end.stdout + end.stderr
+    first, second = (load_file(tmp_path / "out" / name / "stem.safetensors") for name in ("clinic-a", "clinic-b"))
+    assert len(first) == 2 and all(torch.equal(first[name], second[name]) for name in first)
+    for command in relays:
+        os.kill(command.pid, signal.SIGTERM)
+        assert command.end().code == 0

@@ -64,6 +64,7 @@ class Thread:
         self.sent.append((peer, lane, header, b"".join(body)))
 
     def receive(self, timeout: float | None = None) -> Event | None:
+        assert self.events or timeout is not None, "it waits for what does not come"
         return self.events.popleft() if self.events else None
 
     def open_peer(self, peer: bytes) -> None:

@@ -208,13 +208,12 @@ def test_cells_are_made_for_the_largest_message_of_a_step() -> None:
     assert graph.busiest == 5  # clinic-a to b, each of three to the server, clinic-a to the store
     assert cell_limit_of(graph) == limit
     rows = 16  # half a batch
-    plan = make_plan(graph, "clinic-a")
-    sizes = {circuit.second: cell_of(graph, plan, circuit) for circuit in plan.circuits}
-    assert sizes == {
-        "server": limits.fixed_cell(rows * 64 * 8, limit),  # the labels, which only go one way
-        "clinic-b": limits.fixed_cell(None, limit),  # weights alone
-    }
-    assert sizes["server"] != sizes["clinic-b"]
+    labels = limits.fixed_cell(rows * 64 * 8, limit)  # the largest, though they only go one way
+    assert cell_of(graph) == labels
+    for party in ("clinic-a", "server"):  # the same between all ends, those that hand weights on, too
+        assert {one.cell for one in wired(graph, party).values() if one.routes} == {labels}
+    exchange = limits.fixed_cell(graph.exchanges[0].max_bytes, limit)
+    assert {one.cell for one in wired(graph, "store", exchanges=True).values() if one.routes} == {exchange} != {labels}
     padme = graph_of(GRAPH + "circuits: {padding: padme}\n")
     assert {one.cell for one in wired(padme, "clinic-a").values()} == {None}
 

@@ -24,16 +24,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitsec.contract import digest
 from splitsec.errors import GraphError, PartyFileError
 from splitsec.graph import Graph
 from splitsec.identity import public_of, public_text
-from splitsec.party import Job, run_party
+from splitsec.party import Job, Party
 from splitsec.partyfile import load_folder, load_party
-from splitsec.plan import make_plan
 from splitsec.samples import epoch_order
+from splitsec.schedule import EVALUATE, TRAIN, Turn
 from splitsec.simulation import simulate
 from splitsec.trace import SUFFIX
+from splitsec.transports.iothread import CloseCode
 from splitsec.turns import Secret
 from tests.conftest import PATIENCE, SOURCE, free_port, replaced
 
@@ -65,6 +65,10 @@ routes:
 training: {epochs: 1, batch_size: 8, micro_batches: 2, seed: 7}
 timeouts: {connect: 60, lost: 10}
 """
+TRUNK: Final = "trunk: {at: server}\n  middle: {at: auditor}\n  head: {at: clinics, loss: cross_entropy}"
+CUTS: Final = """cuts:
+  - {from: trunk, to: middle, shape: [3], dtype: float32}
+  - {from: middle, to: head, shape: [5], dtype: float32ANONYMOUS}"""
 KNOWN: Final = """\
 splitsec: 1
 name: known
@@ -84,8 +88,26 @@ labels:
   - {from: clinics, to: trunk}
 training: {epochs: 1, batch_size: 8, micro_batches: 2, seed: 7}
 """
+AUDITOR: Final = (
+    (
+        "  server: {",
+        '  auditor: {listen: "tcp://0.0.0.0:7403", address: "tcp://auditor.example.org:7403"}\n  server: {',
+    ),
+    ("trunk: {at: server, loss: cross_entropy}", TRUNK),
+    ("cuts:", CUTS),
+    ("{from: clinics, to: trunk}", "{from: clinics, to: head}"),
+)
+"""Around by way of two far ends, of whom one hears from the group only what it answers to."""
 MODELS: Final = """\
 from torch import nn
+
+
+def middle():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+
+
+def head():
+    return nn.Linear(5, 3)
 
 
 def stem():
@@ -116,10 +138,12 @@ def test(site, rows=None):
 TRAINED, TESTED = 21, 9
 """Samples that the first clinic has; the others have more."""
 PARTY: Final = """\
-party: NAME
+party: {}
 threads: 1
 segments:
-  SEGMENT: {model: "models:SEGMENT", optimizer: {name: adam, lr: 0.01}}
+"""
+SEGMENT: Final = """\
+  {0}: {{model: "models:{0}", optimizer: {{name: adam, lr: 0.01}}}}
 """
 
 
@@ -130,12 +154,21 @@ def write(folder: Path, graph: str, rows: Mapping[str, list[int]] | None = None)
     (folder / "graph.yaml").write_text(graph)
     (parties / "models.py").write_text(MODELS)
     (parties / "data.py").write_text(DATA)
-    (parties / "server.yaml").write_text(PARTY.replace("NAME", "server").replace("SEGMENT", "trunk"))
-    for site, name in enumerate(CLINICS):
-        chosen = "" if rows is None else f", rows: {rows[name]}"
-        data = f'data: {{train: "data:train", test: "data:test", args: {{site: {site}{chosen}}}}}\n'
-        (parties / f"{name}.yaml").write_text(PARTY.replace("NAME", name).replace("SEGMENT", "stem") + data)
+    for name, segments in held(graph).items():
+        text = PARTY.format(name) + "".join(SEGMENT.format(segment) for segment in segments)
+        if name in CLINICS:
+            site = CLINICS.index(name)
+            chosen = "" if rows is None else f", rows: {rows[name]}"
+            text += f'data: {{train: "data:train", test: "data:test", args: {{site: {site}{chosen}}}}}\n'
+        (parties / f"{name}.yaml").write_text(text)
     return folder
+
+
+def held(graph: str) -> dict[str, tuple[str, ...]]:
+    """The segments of each party that trains."""
+    if "auditor" not in graph:
+        return {**dict.fromkeys(CLINICS, ("stem",)), "server": ("trunk",)}
+    return {**dict.fromkeys(CLINICS, ("stem", "head")), "server": ("trunk",), "auditor": ("middle",)}
 
 
 # --- processes
@@ -174,7 +207,8 @@ def train(folder: Path, out: Path) -> Ran:
     """Train ``folder``, a process each, with keys made here, and wait for the end."""
     loaded = load_folder(folder)
     keys = {name: os.urandom(32) for name in (*loaded.graph.parties, "clinics")}
-    addresses = {name: f"tcp://127.0.0.1:{free_port()}" for name in (*RELAYS, "server")}
+    listening = [name for name, party in loaded.graph.parties.items() if party.listen is not None]
+    addresses = {name: f"tcp://127.0.0.1:{free_port()}" for name in listening}
     graph = loaded.graph.with_keys(
         {name: public_text(public_of(key)) for name, key in keys.items()},
         {name: (address, address) for name, address in addresses.items()},
@@ -253,22 +287,30 @@ def assert_equal(one: Path, other: Path) -> None:
 # --- what is trained, and who sees what
 
 
-def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("around", [False, True], ids=["one far end", "around by way of two"])
+def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(around: bool, tmp_path: Path) -> None:
     """The reference has clinics in the secret order of the epoch, and at each the samples that it took, so laid that
     the order of a known group, which follows from the seed, takes them alike.
     """
-    ran = train(write(tmp_path / "hidden", GRAPH), tmp_path / "out")
+    graph, known = GRAPH, KNOWN
+    if around:
+        route = "  - {from: clinics, to: auditor, via: [relay-2, relay-1]}\n"
+        graph = replaced(graph, *AUDITOR, ("ANONYMOUS", ", anonymous: true"), ("routes:\n", f"routes:\n{route}"))
+        graph = replaced(graph, ("pseudonym: turn", "pseudonym: epoch"))
+        known = replaced(known, *AUDITOR, ("ANONYMOUS", ""))
+    ran = train(write(tmp_path / "hidden", graph), tmp_path / "out")
     order = ran.secret.order(0)
     taken: dict[str, list[int]] = {}
     for stream, member in enumerate(order):
         mine = ran.secret.rows("train", 0, stream, 21 + 4 * member)[:TRAINED]
         place = epoch_order(7, 0, stream, TRAINED).tolist()
         taken[CLINICS[member]] = [row for _, row in sorted(zip(place, mine, strict=True))]
-    known = KNOWN.replace("MEMBERS", ", ".join(CLINICS[member] for member in order))
+    known = known.replace("MEMBERS", ", ".join(CLINICS[member] for member in order))
     simulate(write(tmp_path / "known", known, taken), out=tmp_path / "reference")
-    for place in (*(f"{name}/stem" for name in CLINICS), "server/trunk"):
-        file = f"{place}.safetensors"
-        assert_equal(tmp_path / "out" / file, tmp_path / "reference" / file)
+    for party, segments in held(graph).items():
+        for segment in segments:
+            file = f"{party}/{segment}.safetensors"
+            assert_equal(tmp_path / "out" / file, tmp_path / "reference" / file)
 
     for member, clinic in enumerate(CLINICS):
         stream = order.index(member)
@@ -299,15 +341,16 @@ def test_the_server_meets_the_group_and_nobody_of_it(pseudonym: str, tmp_path: P
     # The first turn of an epoch and the last are one clinic's; evaluation begins with whoever trained last.
     opened = sum(line.get("event") == "opened" for line in lines)
     assert opened == (12 if pseudonym == "turn" else 6)
-    sizes: dict[tuple[int, int], Counter[tuple[Any, ...]]] = defaultdict(Counter)
+    looks: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
     for line in met:
         if line.get("kind") not in (None, "control"):
-            step = line["key"][0]
-            turn = step // 3 if step % 15 < 9 else step // 2  # two epochs of three turns of 3 steps, and three of 2
-            sizes[step // 15, turn][line["kind"], line["body"], json.dumps(line["tensors"]), line["dir"]] += 1
-    for epoch in range(2):
-        seen = [found for (where, _), found in sorted(sizes.items()) if where == epoch]
-        assert seen, "a test that looks at nothing"
+            epoch, step = divmod(line["key"][0], 15)  # three turns of 3 steps, then three of 2
+            turn = step // 3 if step < 9 else 3 + (step - 9) // 2
+            looks[epoch, turn][str([line[name] for name in ("dir", "kind", "header", "body", "tensors")])] += 1
+    assert len(looks) == 12
+    for phase in (range(3), range(3, 6)):
+        first, *others = [looks[epoch, turn] for epoch in range(2) for turn in phase]
+        assert all(one == first for one in others)
     for clinic in CLINICS:
         stream = {epoch: ran.secret.order(epoch).index(CLINICS.index(clinic)) for epoch in range(2)}
         assert ran.turns(clinic) == [
@@ -315,12 +358,42 @@ def test_the_server_meets_the_group_and_nobody_of_it(pseudonym: str, tmp_path: P
         ]
 
 
-# --- what is refused before anything is opened
+# --- before anything is opened
 
 
-def made(folder: Path, party: str, **more: Any) -> None:
-    graph = load_folder(folder).graph.with_keys({"clinics": public_text(public_of(b"g" * 32))}, {})
-    run_party(graph, load_party(folder / "parties" / f"{party}.yaml"), private_key=b"p" * 32, **more)
+def made(
+    folder: Path, party: str, *, job: Job | None = None, group_key: bytes | None = None
+) -> tuple[Party, list[dict[str, Any]]]:
+    """``party`` before it connects, and what it told; the group's key is made of g."""
+    loaded = load_folder(folder).graph
+    keys = {**{name: os.urandom(32) for name in loaded.parties}, "clinics": b"g" * 32}
+    graph = loaded.with_keys({name: public_text(public_of(key)) for name, key in keys.items()}, {})
+    file = load_party(folder / "parties" / f"{party}.yaml")
+    told: list[dict[str, Any]] = []
+    one = Party(graph, file, private_key=keys[party], job=job or Job(), report=told.append, group_key=group_key)
+    one.close(CloseCode.NORMAL)
+    return one, told
+
+
+def test_no_two_turns_have_their_samples_in_one_order(tmp_path: Path) -> None:
+    """Nor in one that the seed gives, nor as they lie there: the labels of a turn would show where they came before."""
+    party, _ = made(write(tmp_path / "hidden", GRAPH), "clinic-c", group_key=b"g" * 32)
+    party.secret = Secret(b"g" * 32, b"r" * 32, 3)
+    rows = {split: torch.arange(one.count) for split, one in party.own.items()}
+    party.rows = {stream: rows for stream in range(3)}
+    party.counts = [{"train": TRAINED, "test": TESTED, "predict": 0}] * 3
+    for phase, split, used in ((TRAIN, "train", TRAINED), (EVALUATE, "test", TESTED)):
+        held = party.own[split].count
+        assert held > used
+        orders = {tuple(range(used))}
+        for epoch in range(20):
+            for stream in range(3):
+                order = party._order_of(Turn(phase, epoch, (stream,)), stream).tolist()
+                assert len(set(order)) == used and set(order) <= set(range(held))
+                assert order != epoch_order(7, epoch, stream, held).tolist()[:used]
+                orders.add(tuple(order))
+        assert len(orders) == 61
+        assert set().union(*orders) == set(range(held)), "over the epochs all have their turn"
 
 
 def test_a_prediction_is_refused(tmp_path: Path) -> None:
@@ -343,7 +416,6 @@ def test_a_policy_of_ones_own_is_warned_of(tmp_path: Path) -> None:
     own = "privacy: {cuts: [{from: stem, to: trunk, forward: {clip: 1.0}}]}\n"
     file = folder / "parties" / "clinic-b.yaml"
     file.write_text(file.read_text() + own)
-    told: list[dict[str, Any]] = []
-    with pytest.raises(GraphError, match="has no key"):
-        made(folder, "clinic-b", group_key=b"g" * 32, report=told.append)
-    assert any("may tell which of them we are" in event.get("text", "") for event in told)
+    for party, warned in (("clinic-a", False), ("clinic-b", True)):
+        _, told = made(folder, party, group_key=b"g" * 32)
+        assert any("may tell which of them we are" in event.get("text", "") for event in told) == warned

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from splitsec.transports.circuit import Data, Event, Extend, Leg, Memory, Origin, Outgoing, Relay, Sizes
+from splitsec.transports.circuit import Data, Event, Extend, Leg, Memory, Origin, Outgoing, Relay, Sizes, State
 from splitsec.transports.limits import CELL_HEAD, CELL_MAX, CIRCUIT_CELLS
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Cell, Lend
@@ -71,20 +71,22 @@ class Onion:
         post_quantum: bool = False,
         keys: list[bytes] | None = None,
         reach: int | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """``cell``, ``largest``, ``window``, ``cover``: as in ``Sizes``.  ``keys``: private ones.  ``reach``: the hop
         that does not go on.
         """
+        self.entropy = entropy
         self.sizes = Sizes(cell, largest, window, cover)
         self.passing = Sizes(None, largest, window)
         self.post_quantum = post_quantum
-        self.private = keys or [os.urandom(32) for _ in range(count)]
+        self.private = keys or [entropy(32) for _ in range(count)]
         self.public = [public_key_of(key) for key in self.private]
         self.memory = Memory()
         self.reach = reach
         self.now = 1000.0
         self.relays: list[Relay] = []
-        self.numbers = [int.from_bytes(os.urandom(4), "big") for _ in range(count)]
+        self.numbers = [int.from_bytes(entropy(4), "big") for _ in range(max(1, count))]
         self.origin = Origin(
             self.numbers[0],
             self.public,
@@ -93,6 +95,7 @@ class Onion:
             memory=self.memory,
             now=self.now,
             post_quantum=post_quantum,
+            entropy=entropy,
         )
         self.origin.pull = self._pull(0)
         self.wires: list[tuple[deque[Parcel], deque[Parcel]]] = [(deque(), deque()) for _ in range(count)]
@@ -131,6 +134,9 @@ class Onion:
     def build(self) -> Onion:
         """Until it stands."""
         self.run()
+        while self.sizes.cover is not None and self.origin.state is State.BUILDING:
+            self.tick(self.sizes.cover)
+            self.run()
         self.far.become_end(self.sizes, self.now)
         self.far.pull = self._pull(1)
         self.events[0].clear()
@@ -188,6 +194,7 @@ class Onion:
                 digest=DIGEST,
                 memory=self.memory,
                 post_quantum=self.post_quantum,
+                entropy=self.entropy,
             )
             self.relays.append(relay)
             self.happened(to, relay.create(parcel.opened()))
@@ -206,16 +213,20 @@ class Onion:
                 case Data(frame):
                     assert at in (0, len(self.private)), "data for who stands in the middle"
                     self.got[at > 0].append(bytes(frame))
-                case Extend(key, message):
-                    relay = self.relays[at - 1]
-                    if self.reach == at - 1 or at == len(self.private):
-                        relay.refuse(REFUSAL)
-                    else:
-                        assert key == self.public[at]
-                        relay.extend(Leg(self.numbers[at], self.passing), message)
+                case Extend():
                     self.events[at].append(event)
+                    self.extend(at, event)
                 case _:
                     self.events[at].append(event)
+
+    def extend(self, at: int, asked: Extend) -> None:
+        """A hop is asked to go on."""
+        relay = self.relays[at - 1]
+        if self.reach == at - 1 or at == len(self.private):
+            relay.refuse(REFUSAL)
+        else:
+            assert asked.key == self.public[at]
+            relay.extend(Leg(self.numbers[at], self.passing), asked.message)
 
     def run(self) -> None:
         """Until nothing moves."""
@@ -242,10 +253,11 @@ class Onion:
     # --- what is held -------------------------------------------------------------------------------------------------
 
     def held(self, hop: int) -> tuple[int, int]:
-        """Bytes of cells that wait at a relay, forward and back."""
+        """Bytes of cells that wait at a relay on their way through it, forward and back."""
         relay = self.relays[hop]
-        forward = 0 if relay.front is None else sum(size for _, _, size, _ in relay.front.waiting)
-        return forward, sum(size for _, _, size, _ in relay.back.waiting)
+        legs = [[] if relay.front is None else relay.front.waiting, relay.back.waiting]
+        forward, back = (sum(size for _, _, size, by in waiting if by is not None) for waiting in legs)
+        return forward, back
 
 
 def packed(cell: Outgoing) -> Parcel:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -665,7 +666,7 @@ def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make, allo
     """B passes circuits on, but none from A to C.  That is no fault of A's: its channel with B goes on."""
     chain = Chain(party, allowed=False, connect_timeout=1.0)
     if allowed is None:
-        chain.b.io._driver._circuits = replace(chain.b.io._driver._circuits, passages=frozenset())
+        chain.b.io._driver._circuits = replace(chain.b.io._driver._circuits, passages=Counter())
     assert chain.a.next() == Opened(chain.b.key)
     closed = chain.a.next()
     assert isinstance(closed, Closed)

@@ -32,8 +32,9 @@ from splitsec.identity import public_of, public_text
 from splitsec.messages import Message, encode
 from splitsec.party import Job, run_party
 from splitsec.partyfile import load_party
-from splitsec.transports import iothread
+from splitsec.transports.circuit import Leg
 from splitsec.transports.iothread import Received
+from splitsec.transports.limits import CELL_HEAD, SMALL_CELL
 from splitsec.transports.trouble import Trouble, TroubledProxy
 from tests.conftest import Shell, change, free_port, keyed, replaced, write_folder
 from tests.wire.conftest import MORE, Attack, Attacker, Direction, Frame, Order, Strike, Tap
@@ -730,7 +731,7 @@ def ring(passed: Passed, tmp_path_factory: pytest.TempPathFactory) -> Peace:
 DROPS = Trouble(every=20_000, drop=1, delay=0, split=0)
 EVERYTHING = Trouble(every=12_000, drop=1, delay=1, split=1, repeat=1, alter=1)
 LINES = [(DROPS, 1), (DROPS, 2), (EVERYTHING, 3)]
-"""What goes wrong, and the seed that says where: in handshakes as well, and in what the server forwards."""
+"""What goes wrong, and the seed that says where: in handshakes as well, and in what the server passes on."""
 
 
 @pytest.fixture(scope="module")
@@ -761,46 +762,55 @@ def test_a_line_that_breaks_again_and_again_changes_no_bit(
     assert sum(len(run.broke(party)) for party in run.said) >= 2 * 4
 
 
-# --- who forwards
+# --- who passes circuits on
+
+Onwards = Callable[[bytearray, int], None]
+"""``onwards(block, used)``: the cell goes on; ``block`` is its frame, ``used`` what is meant of it."""
 
 
-def forwarding(patch: pytest.MonkeyPatch, meddle: Callable[[bytearray, Callable[[bytearray], bool]], bool]) -> None:
-    """Have the server treat frames that it forwards so.  What it holds is the prefix of 40 bytes, and a frame."""
-    put = iothread._Passage.put
-    patch.setattr(iothread._Passage, "put", lambda passage, frame: meddle(frame, lambda other: put(passage, other)))
+def passing(patch: pytest.MonkeyPatch, meddle: Callable[[bytearray, int, int, Onwards], None]) -> None:
+    """Have the server treat cells that it passes on so: their frames, and bytes of what is meant, and of the cell."""
+    real = Leg.wait
+
+    def wait(leg: Leg, block: bytearray, used: int, size: int, came_by: Leg | None) -> None:
+        if came_by is None:  # its own word
+            real(leg, block, used, size, came_by)
+            return
+        meddle(block, used, size, lambda other, meant: real(leg, other, meant, size, came_by))
+
+    patch.setattr(Leg, "wait", wait)
 
 
-SEALED_TYPE = 3
-"""First byte of a sealed frame."""
+def altered(block: bytearray, at: int) -> bytearray:
+    block[at] ^= 1
+    return block
 
-WEIGHTS_MORE_THAN = 40 + 200
-"""Bytes; no other sealed frame between clinics is so long."""
 
-MEDDLE: dict[str, Callable[[bytearray, Callable[[bytearray], bool]], object]] = {
-    "drop": lambda frame, put: None,
-    "alter": lambda frame, put: put(frame[:-1] + bytes([frame[-1] ^ 1])),
-    "repeat": lambda frame, put: (put(bytearray(frame)), put(frame)),
-    "truncate": lambda frame, put: put(frame[:-1]),
+MEDDLE: dict[str, Callable[[bytearray, int, Onwards], object]] = {
+    "drop": lambda block, used, onwards: None,
+    "alter": lambda block, used, onwards: onwards(altered(block, CELL_HEAD + used - 1), used),
+    "repeat": lambda block, used, onwards: (onwards(bytearray(block), used), onwards(block, used)),
+    "truncate": lambda block, used, onwards: onwards(block, used - 1),
 }
 
 
 @pytest.mark.parametrize("how", MEDDLE)
-def test_a_forwarder_that_meddles_changes_no_bit(
+def test_a_relay_that_meddles_changes_no_bit(
     how: str, ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does so with the weights themselves, each sixth time that it has some in hand."""
     number = 7000 + list(MEDDLE).index(how)
     seen: list[int] = []
 
-    def meddle(frame: bytearray, put: Callable[[bytearray], bool]) -> bool:
-        if frame[40] == SEALED_TYPE and len(frame) > WEIGHTS_MORE_THAN:
-            seen.append(len(frame))
+    def meddle(block: bytearray, used: int, size: int, onwards: Onwards) -> None:
+        if size > SMALL_CELL:  # a part of a message
+            seen.append(size)
             if len(seen) % 6 == 1:
-                MEDDLE[how](frame, put)
-                return True
-        return put(frame)
+                MEDDLE[how](block, used, onwards)
+                return
+        onwards(block, used)
 
-    forwarding(monkeypatch, meddle)
+    passing(monkeypatch, meddle)
     run, tap = ring.attacked(number)
     went_on(number, run, ring, passed)
     assert len(seen) > 15  # weights are handed on after each turn, and again where they did not arrive
@@ -809,19 +819,19 @@ def test_a_forwarder_that_meddles_changes_no_bit(
         assert any(event["event"] == "interrupted" and event["peer"] == other for event in run.said[party])
 
 
-def test_a_forwarder_that_stops_ends_the_run(ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relay_that_stops_ends_the_run(ring: Peace, passed: Passed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own connections are alive all the while."""
     stopped: list[float] = []
     seen: list[int] = []
 
-    def meddle(frame: bytearray, put: Callable[[bytearray], bool]) -> bool:
-        seen.append(len(frame))
+    def meddle(block: bytearray, used: int, size: int, onwards: Onwards) -> None:
+        seen.append(size)
         if len(seen) < 15:
-            return put(frame)
-        stopped.append(time.monotonic())
-        return True
+            onwards(block, used)
+        else:
+            stopped.append(time.monotonic())
 
-    forwarding(monkeypatch, meddle)
+    passing(monkeypatch, meddle)
     run, _ = ring.attacked(7100, changes=[GONE])
     assert run.ended
     assert run.written == {}
