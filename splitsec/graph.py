@@ -274,8 +274,8 @@ class Group(_Entry):
     )
     key: Annotated[str, AfterValidator(_key)] | None = Field(
         default=None,
-        description="public key of an anonymous group, whose private half all members hold, as `splitsec keys new` "
-        "prints it; `join` needs it, `simulate` makes its own",
+        description="public key of an anonymous group, whose private half all members hold, as `splitsec keys new "
+        "--group` prints it; `join` needs it, `simulate` makes its own",
     )
     pseudonym: Literal["turn", "epoch"] = Field(
         default="turn",
@@ -1324,6 +1324,10 @@ def _check_exchanges(graph: Graph) -> None:
             )
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    return ", then ".join(f"`{name}`" for name in names)
+
+
 def _check_acyclic(graph: Graph) -> None:
     cycle = _cycle(graph)
     if cycle:
@@ -1701,3 +1705,17 @@ def _check_hidden(graph: Graph) -> None:
                         expected="relays that see no more of the group than that something passes",
                         fix="put another party in its place",
                     )
+    for far in sorted(graph.far_ends):
+        routes = {member: graph._routed[frozenset((member, far))] for member in members}
+        first = tuple(route[-1] for route in routes[members[0]].routes)
+        for member, routed in routes.items():
+            last = tuple(route[-1] for route in routed.routes)
+            if last != first:
+                raise graph.error(
+                    f"`{member}` comes to `{far}` through {_listed(last)}, and `{members[0]}` through "
+                    f"{_listed(first)}, where `{name}` is anonymous",
+                    "routes",
+                    routed.indices[-1],
+                    expected="the same last relays for all members, in the same order: the far end sees them",
+                    fix=f"write `{{from: {name}, to: {far}, via: [...]}}` for all members alike",
+                )

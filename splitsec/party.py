@@ -257,7 +257,7 @@ class Party:
             raise self.file.error(
                 f"{self.name!r} is a member of the anonymous group `{group}`, whose private key it was not given",
                 expected="the key that all members of the group hold",
-                fix="add `group_key_file`, the file that `splitsec keys new` made for the group",
+                fix="add `group_key_file`, the file that `splitsec keys new --group` made for it",
             )
         if keys_of(self.graph)[group] != public_of(given):
             raise self.graph.error(

@@ -38,8 +38,8 @@ def keys_of(graph: Graph) -> dict[str, bytes]:
                 "groups",
                 graph.anonymous,
                 expected="a public key of its own, whose private half all members hold",
-                fix=f"run `splitsec keys new {graph.anonymous}` at one member, paste the line that it prints, and hand "
-                "the file to the others in a way that nobody else can read",
+                fix=f"run `splitsec keys new {graph.anonymous} --group` at one member, paste the line that it prints, "
+                "and hand the file to the others in a way that nobody else can read",
             )
         keys[graph.anonymous] = parse_public(key)
     return keys

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from splitsec.bench import circuit
-from splitsec.bench.circuit import Cost, Crowd, Measured, Report, _alone, _connections, _cost, _ground
+from splitsec.bench.circuit import Cost, Crowd, Measured, Report, _alone, _check, _connections, _cost, _ground
 from splitsec.cli.bench import _relays
 from splitsec.graph import parse_graph
 from splitsec.transports.limits import CELL_HEAD, cell_limit, fixed_cell
@@ -138,6 +138,13 @@ def test_what_cannot_be_counted_is_left_out(tmp_path: Path) -> None:
     assert unknown.wire is unknown.overhead is unknown.as_json()["overhead"] is None
     assert _cost(str(tmp_path), [unknown]) is None
     assert _cost(str(tmp_path), [path(MIB, 0, 1.0, there=1.0)]) is None
+
+
+@pytest.mark.parametrize("answer", [b"ab", b"abcd", b"abx"])
+def test_another_answer_voids_the_measurement(answer: bytes) -> None:
+    _check(memoryview(bytearray(b"abc")), b"abc")
+    with pytest.raises(ValueError, match="not what was sent"):
+        _check(memoryview(bytearray(answer)), b"abc")
 
 
 def test_a_hop_is_what_was_measured_and_the_rest_is_what_remains() -> None:

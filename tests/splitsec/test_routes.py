@@ -404,6 +404,12 @@ MISTAKES = {
          ("clinics, to: server, via: [relay-2", "clinics, to: clinics, via: [relay-2")],
         17, "`clinic-b` has no route to `server`", "", "",
     ),
+    "another last relay": (
+        HIDDEN,
+        [("clinics, to: server, via: [relay-2, relay-3]", "clinic-b, to: server, via: [relay-1]")],
+        22, "`clinic-b` comes to `server` through `relay-3`, then `relay-1`, and `clinic-a` through `relay-3`",
+        "the same last relays", "for all members alike",
+    ),
     "the far end builds": (
         HIDDEN,
         [("clinics, to: server, via: [relay-1, relay-2, relay-3]", "server, to: clinics, via: [relay-3, relay-1]"),
