@@ -161,7 +161,7 @@ def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
     from splitsec.partyfile import load_party
     from splitsec.trace import SUFFIX
 
-    job, group_key = assignment["job"], assignment["group_key"]
+    job, group_key = assignment["job"], assignment.get("group_key")
     may_go_on = threading.Semaphore(0)
     pauses = {"ready", "turn"} if assignment["pause_at_turns"] else {"ready"}
 

@@ -114,23 +114,28 @@ Event: TypeAlias = Built | Extend | Data | Ended
 class Memory:
     """Memory for cells, used again and again: fresh memory costs a page fault every 4 KiB."""
 
-    _SPARE: Final = 4  # blocks kept of each size
+    _STEP: Final = 16 << 10  # bytes; blocks of larger cells are multiples
+    _SPARE_BYTES: Final = 8 << 20  # kept at most
 
     def __init__(self) -> None:
         self._spare: dict[int, list[bytearray]] = {}
+        self._kept = 0  # bytes in those
         self._scratch = (bytearray(), bytearray())
 
     def take(self, cell: int) -> bytearray:
         """Room for the frame of a cell of so many bytes."""
-        size = 1 << (cell - 1).bit_length()
+        size = CELL_HEAD + (SMALL_CELL if cell <= SMALL_CELL else -(-cell // self._STEP) * self._STEP)
         spare = self._spare.get(size)
-        return spare.pop() if spare else bytearray(CELL_HEAD + size)
+        if not spare:
+            return bytearray(size)
+        self._kept -= size
+        return spare.pop()
 
     def give(self, block: bytearray) -> None:
         """Back, after nobody looks at it any more."""
-        spare = self._spare.setdefault(len(block) - CELL_HEAD, [])
-        if len(spare) < self._SPARE:
-            spare.append(block)
+        if self._kept + len(block) <= self._SPARE_BYTES:
+            self._kept += len(block)
+            self._spare.setdefault(len(block), []).append(block)
 
     def scratch(self, cell: int) -> tuple[memoryview, memoryview]:
         """Two rooms for the layers of one cell.  What was there before is lost."""

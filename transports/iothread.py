@@ -570,6 +570,7 @@ class _State:
     __slots__ = (
         "channel",
         "circuit",
+        "creates",
         "ended",
         "gone_by",
         "last_try",
@@ -603,6 +604,7 @@ class _State:
         self.owed = 0  # bytes that were given to the channel, and are not acknowledged
         self.leaving = False  # says goodbye when it has sent everything
         self.legs: dict[int, Leg] = {}  # of circuits over this link, by their numbers
+        self.creates: _Bucket | None = None  # how many may still begin there
         self.circuit: Origin | None = None  # that is being built, or leads there
         self.route = 0  # which of the peer's is tried next
 
@@ -856,7 +858,9 @@ class _Driver:
             match commands.popleft():
                 case _Send(peer, message):
                     state = self._speakers.get(peer) or self._states[peer]
-                    if not state.ended:
+                    if state.peer.crowd and peer not in self._speakers:
+                        self._owner._left(peer, message.left)  # nobody is there to hear it
+                    elif not state.ended:
                         state.owed += message.left
                         state.channel.send(message)
                 case _Taken(peer, size):
@@ -1375,7 +1379,9 @@ class _Driver:
                 post_quantum=self._post_quantum,
             )
             self._attach(link, relay, leg)
-            full = len(link.legs) > self._most[link.peer.key]
+            if link.creates is None:
+                link.creates = _Bucket(HANDSHAKES_PER_SECOND, max(HANDSHAKES_BURST, self._most[link.peer.key]))
+            full = len(link.legs) > self._most[link.peer.key] or not link.creates.take(self._now)
             self._happened(relay, relay.close(Why.BUSY) if full else relay.create(cell))
         elif (found := link.legs.get(number)) is not None:  # else it is over, and the peer will soon know
             circuit = self._legs[found].circuit

@@ -32,6 +32,7 @@ ratios, not milliseconds: machines differ and are shared.
   splitsec bench privacy       what noise, ledger and journal cost a step
   splitsec bench epsilon       accuracy against epsilon; `bench nopeek`: against a decoder's error
   splitsec bench strangers     a training with two thousand strangers at the port
+  splitsec bench linking       what a server that records everything guesses of who speaks, and what a relay does
 
   splitsec bench step --network mlp --rounds 15 --threads 1
   splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
@@ -75,6 +76,7 @@ MORE = {
     "privacy": "what noise, ledger and journal cost a step",
     "epsilon": "accuracy against epsilon for a Gaussian cut, on real images",
     "nopeek": "what NoPeek does to a decoder that inverts activations, and to accuracy",
+    "linking": "what the far end of an anonymous group, and a relay, can tell",
     "strangers": "a training with two thousand strangers at the port",
 }
 """Measurements that stand in a file of their own: its name, and what it measures."""

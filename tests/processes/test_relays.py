@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_a_relay_that_is_killed_in_a_simulation(
 
 
 def children(name: str) -> list[int]:
-    """Process ids of our own children that are the relay ``name`` of a simulation."""
+    """Process ids of our own children that are the relay ``name`` of a simulation, and run."""
     found = []
     for place in Path("/proc").iterdir():  # not /proc/self/task/*/children: that may leave some out
         with suppress(OSError):  # it has ended
@@ -340,14 +341,18 @@ def test_a_relay_that_cannot_be_started_again(routed: Path) -> None:
 def test_a_relay_that_dies_again_and_again(routed: Path) -> None:
     """As it starts, each time: that is no accident, and the run does not go on like that for ever."""
     change(routed / "graph.yaml", ("epochs: 40", "epochs: 1000000"))
-    deaths = 0
+    begun, deaths = False, 0
 
     def watch(party: str, event: dict[str, Any]) -> None:
-        nonlocal deaths
-        deaths += event["event"] == "relay ended"
-        if (party, event["event"]) in (("server", "turn over"), ("relay-2", "relay ended")):
-            for pid in children("relay-2"):
-                os.kill(pid, signal.SIGKILL)
+        nonlocal begun, deaths
+        if event["event"] == "relay ended":
+            deaths += 1
+        elif begun or (party, event["event"]) != ("server", "turn over"):
+            return
+        begun, until = True, time.monotonic() + SECONDS
+        while not (found := children("relay-2")):  # just started: the kernel may not show its command line yet
+            assert time.monotonic() < until
+        os.kill(found[0], signal.SIGKILL)
 
     with pytest.raises(PeerLost, match="relay-2: died: killed by signal SIGKILL"):
         simulate(routed, watch=watch)
