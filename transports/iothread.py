@@ -526,12 +526,14 @@ class _Circuits:
     limit: int
     cover: float | None
 
-    def most(self, link: bytes, crowds: bool) -> int:
+    def most(self, link: bytes, peers: Collection[Peer]) -> int:
         """Circuits that may go over one link: twice what the contract has, since one is built anew before all know that
-        the old one is over, and those that end here.
+        the old one is over, and those that are being built.
         """
         through = sum(count for way, count in self.passages.items() if link in way)
-        return 2 * through + CIRCUITS_SPARE + (CROWD_MAX if crowds else 0)
+        ending = sum(any(link in (route[0], route[-1]) for route in peer.routes) for peer in peers)
+        crowds = any(peer.crowd for peer in peers)
+        return 2 * (through + ending) + CIRCUITS_SPARE + (CROWD_MAX if crowds else 0)
 
     def sizes(self, peer: Peer | None = None) -> Sizes:
         """Of the cells of a circuit that leads to ``peer``, or passes here."""
@@ -652,7 +654,7 @@ class _Driver:
         self._linked = frozenset(key for key, peer in peers.items() if not peer.routes)
         self._legs: dict[Leg, _Place] = {}
         self._passing: Counter[tuple[bytes, bytes]] = Counter()  # circuits, by from whom to whom
-        self._most = {key: circuits.most(key, any(peer.crowd for peer in peers.values())) for key in self._linked}
+        self._most = {key: circuits.most(key, peers.values()) for key in self._linked}
         self._ends: dict[_Circuit, None] = {}  # circuits that begin or end here, in order
         self._memory = Memory()
         self._soon: dict[_Line, None] = {}  # links that were given cells
