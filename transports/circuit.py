@@ -244,7 +244,12 @@ class Leg:
     @property
     def owes_credit(self) -> bool:
         """The other side does not know yet how much it may send again."""
-        return not self.over and self._room() - self._told >= self.sizes.window // 2
+        return not self.over and self._room() - self._told >= self.sizes.window * 3 // 4
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to send, but what its machine has."""
+        return not self.waiting and not self._orders and not self.owes_credit
 
     def _room(self) -> int:
         return self._arrived - self._held + self.sizes.window

@@ -69,6 +69,7 @@ from splitsec.transports.limits import (
     REDIAL_MAX_SECONDS,
     REDIAL_SECONDS,
     REST_SECONDS,
+    ROUTE_TRIES,
     RUN_SIZE,
     STRANGERS_MAX,
     WINDOW,
@@ -76,7 +77,7 @@ from splitsec.transports.limits import (
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Ended, Frame, Lend, Session, State
 from splitsec.transports.session import Opened as SessionOpened
-from splitsec.transports.wire import ChunkHeader, CloseCode, Kind, Ready, Why
+from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready, Why
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # only a hint; Python 3.12 has it in collections.abc
@@ -588,6 +589,7 @@ class _State:
         "progress",
         "redial_at",
         "route",
+        "tries",
     )
 
     def __init__(self, peer: Peer, channel: Channel, gone_by: float) -> None:
@@ -609,6 +611,7 @@ class _State:
         self.creates: _Bucket | None = None  # how many may still begin there
         self.circuit: Origin | None = None  # that is being built, or leads there
         self.route = 0  # which of the peer's is tried next
+        self.tries = 0  # of circuits that came to nothing
 
     @property
     def is_open(self) -> bool:
@@ -750,9 +753,7 @@ class _Driver:
         cell = None if not peer.routes else self._circuits.limit - CELL_COST
         if peer.routes and peer.cell is not None:
             cell = min(peer.cell, self._circuits.limit) - CELL_COST
-        channel = Channel(
-            peer.lanes, run=os.urandom(RUN_SIZE), window=WINDOW if peer.routes else LINK_WINDOW, cell=cell
-        )
+        channel = Channel(peer.lanes, run=os.urandom(RUN_SIZE), window=LINK_WINDOW, cell=cell)
         gone_by = _FOREVER if peer.cells_only else self._now + self._timeouts.connect
         return _State(peer, channel, gone_by)
 
@@ -1078,7 +1079,7 @@ class _Driver:
         assert theirs is not None
         state = self._state_of(peer, theirs)
         if state is None:
-            return CloseCode.ERROR
+            return CloseCode.RESTARTED
         line = state.line
         if state.ended:
             return CloseCode.RESTARTED if state.opened else CloseCode.ERROR
@@ -1100,13 +1101,15 @@ class _Driver:
         return state.channel.ready()
 
     def _state_of(self, peer: bytes, theirs: Ready) -> _State | None:
-        """Who of the peers of this key it is; one of a crowd is known by its run.  None where there are too many."""
+        """Who of the peers of this key it is; one of a crowd is known by its run.  None where there are too many, or it
+        goes on with what is over.
+        """
         state = self._states[peer]
         if not state.peer.crowd or state.ended:
             return state
         one = self._states.get(peer + theirs.run)
         if one is None:
-            if sum(other.peer is state.peer for other in self._states.values()) > CROWD_MAX:
+            if theirs.known != NO_RUN or sum(other.peer is state.peer for other in self._states.values()) > CROWD_MAX:
                 return None
             one = self._states[peer + theirs.run] = self._new_state(state.peer)
             one.gone_by = _FOREVER
@@ -1326,6 +1329,8 @@ class _Driver:
     def _nudge(self, circuit: _Circuit) -> None:
         """What a circuit has to send gets its turn on the links that it goes over."""
         for leg in circuit.legs:
+            if leg.idle and circuit.pull is None and isinstance(circuit, Relay):
+                continue
             place = self._legs.get(leg)
             if place is not None and place.link.is_open:
                 place.link.channel.carry_cells(place.source)
@@ -1369,6 +1374,9 @@ class _Driver:
             return
         number = cell.header.number
         if cell.header.kind is Kind.CREATE:
+            if len(link.legs) >= 2 * self._most[link.peer.key]:  # it does not even read that we have no room
+                self._blame(line, PeerMisbehaved("more circuits than the contract has"))
+                return
             if number in link.legs or (number & 1) != (link.peer.key > self._own_key):
                 self._blame(line, PeerMisbehaved("a circuit by a number that is taken, or not the peer's to give"))
                 return
@@ -1456,7 +1464,9 @@ class _Driver:
         if line is not None:
             self._over(line, error, CloseCode.LOST)
         elif state is not None and not state.ended:
-            state.route += 1
+            state.tries += 1
+            if state.tries % ROUTE_TRIES == 0:
+                state.route += 1
             state.last_try = f"; the last try ended so: {error}"
             state.redial_at = self._now + self._pause(state)
             state.pause = min(2 * state.pause, REDIAL_MAX_SECONDS)
@@ -1496,6 +1506,9 @@ class _Driver:
         self._lose_link(state)
         if state.peer.cells_only:
             error = error or Lost("the relay has said goodbye")
+        elif state.leaving and not state.owed:  # it has all that we said, if perhaps not our goodbye
+            self._give_up(state, None, CloseCode.NORMAL)
+            return
         elif self._is_final(line, error, code, state.opened, carried):
             self._give_up(state, error, code)
             return
@@ -1537,13 +1550,13 @@ class _Driver:
 
     def _interrupted(self, state: _State, error: TransportsError) -> None:
         """An open session broke.  The time until the peer is given up begins anew only where the channel got on."""
+        if state.peer.cells_only:
+            return  # it may come and go; a circuit that ends says so
         gone = self._timeouts.gone
         got_on = state.channel.progress > state.progress or self._now - state.opened_at > gone
         if got_on or state.gone_by == _FOREVER:
             state.gone_by = self._now + gone
         state.progress = state.channel.progress
-        if state.peer.cells_only:
-            return  # relays come and go; a circuit that ends says so
         if self._logs.take(self._now):
             key = base64.b64encode(state.peer.key).decode()
             _log.warning("the connection with x25519:%s broke: %s; trying again for %g s", key, error, gone)

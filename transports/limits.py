@@ -62,6 +62,7 @@ __all__ = [
     "REKEY_SECONDS",
     "RELAY_BYTES",
     "REST_SECONDS",
+    "ROUTE_TRIES",
     "RUN_SIZE",
     "SMALL_BLOCK",
     "SMALL_CELL",
@@ -171,14 +172,14 @@ ACK_SECONDS: Final = 0.05
 """Seconds that an acknowledgement waits for a frame to ride on."""
 
 LINK_WINDOW: Final = 64 << 20
-"""As WINDOW, where nobody stands between: room for the next micro-batches while one is computed."""
+"""As WINDOW, for every peer of a contract: room for the next micro-batches while one is computed."""
 
 MESSAGE_COST: Final = 1024
 """Bytes that each message that nobody took yet counts beside its own: what Python needs to hold one."""
 
 WINDOW: Final = 16 << 20
-"""Bytes that a peer may send beyond what was taken from us.  16 MiB keeps 1 Gbit/s busy over a round trip of 130 ms,
-and bounds what waits for a peer behind relays."""
+"""Bytes that a peer may send beyond what was taken from us, where nobody says otherwise.  16 MiB keeps 1 Gbit/s busy
+over a round trip of 130 ms."""
 
 CIRCUIT_CELLS: Final = 4
 """Largest cells that may wait at a relay for one circuit and direction.  Fewer stall the pipe, more fill memory."""
@@ -226,6 +227,10 @@ more hold back small messages."""
 
 BURST_FRAMES: Final = 32
 """Frames taken from one port before the others have their turn."""
+
+ROUTE_TRIES: Final = 3
+"""Tries to build a circuit by one route before the next is tried: when all start at once, relays need a moment to find
+each other."""
 
 HELLO_RETRY_SECONDS: Final = 0.25
 """Seconds between two copies of a hello that nobody answered: a busy listener ignores it."""

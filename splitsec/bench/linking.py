@@ -67,7 +67,8 @@ SAMPLES: Final = (40, 44, 48, 52, 56)
 COVER: Final = 0.02
 """Seconds between two cells."""
 LAG: Final = 0.01
-"""Seconds by which each clinic's way to the first relay is longer than the one's before it, where distance is tried."""
+"""Seconds by which each clinic's way to the first relay is longer than the one's before it, where distance is tried,
+and a fifth of it: cover can hide distance only where it is longer than the longest way there and back and a step."""
 SEED: Final = 5
 
 FOLDER: Final = "SPLITSEC_LINKING"
@@ -877,7 +878,7 @@ class Report:
         }
 
 
-_APART: Final = {"padding": "fixed", "samples": (3, 40), "batch": 40, "width": 512, "relays": 3, "epochs": 120}
+_APART: Final = {"padding": "fixed", "samples": (3, 40), "batch": 40, "width": 512, "relays": 3, "epochs": 300}
 """Two clinics through three relays: the messages of one are thirteen times as large as the other's."""
 
 
@@ -907,10 +908,10 @@ def bench_linking(*, runs: int, epochs: int, tell: Callable[[str], None]) -> Rep
     apart = turns_seen([recorded("other distributions", apart=0.5, epochs=max(6, epochs // 2))])
     score("the tensors' numbers, other distributions", apart, data=True)
     score("no cover", turns_seen([recorded("no cover", cover=None, epochs=epochs)]))
-    for lag in (LAG / 5, LAG):
-        for cover in (None, COVER):
-            what = f"{'no ' if cover is None else ''}cover, each {1000 * lag:g} ms farther away"
-            score(what, turns_seen([recorded(what, cover=cover, lag=lag, epochs=epochs)]))
+    for lag, cover in ((LAG / 5, None), (LAG / 5, 2 * COVER), (LAG / 5, 3 * COVER), (LAG, None), (LAG, COVER)):
+        paced = "no cover" if cover is None else f"cover {1000 * cover:g} ms"
+        what = f"{paced}, each {1000 * lag:g} ms farther away"
+        score(what, turns_seen([recorded(what, cover=cover, lag=lag, epochs=epochs)]))
     asked = [guess_with_first_relay(run, [turn for turn in turns if turn.run == n]) for n, run in enumerate(hidden)]
     report.far["the first relay colludes"] = Score(
         "the first relay colludes", sum(one.right for one in asked), sum(one.tries for one in asked), 1 / len(CLINICS)

@@ -259,8 +259,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "records under one key": f"2^{limits.COUNTER_LIMIT.bit_length() - 1}",
         "lanes of a channel": f"{limits.LANES_MAX:,}",
         "body of a message": "by lane, see section 6",
-        "window of a session over a link": f"{limits.LINK_WINDOW // mib} MiB",
-        "window of a session in a circuit": f"{limits.WINDOW // mib} MiB",
+        "window of a session": f"{limits.LINK_WINDOW // mib} MiB",
         "hops of a circuit": f"{limits.HOPS_MAX}, the far end included",
         "cell": f"{limits.SMALL_CELL:,} to {limits.CELL_MAX:,} bytes; "
         "less where many circuits share a relay, see section 7",
