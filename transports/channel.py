@@ -226,12 +226,14 @@ class Channel:
         run: bytes,
         window: int = WINDOW,
         cell: int | None = None,
+        paced: bool = False,
         now: float = 0.0,
     ) -> None:
         """``lanes``: lane number to the largest body accepted, bytes; a lane that is not there is refused.
 
         ``run``: RUN_SIZE random bytes.  ``window``: bytes of CHUNK payload that the peer may send beyond what was
-        taken.  ``cell``: bytes of a chunk that fits one cell, where a circuit carries this channel.  ``now``: seconds.
+        taken.  ``cell``: bytes of a chunk that fits one cell, where a circuit carries this channel.  ``paced``: its
+        frames leave at set times; then no timer of ours decides what is in one.  ``now``: seconds.
         """
         self.session: Session | None = None
         """What carries it now."""
@@ -239,6 +241,7 @@ class Channel:
         self.peer_run = NO_RUN
         self._lanes = lanes
         self._cell = cell
+        self._paced = paced
         self._window = window
         self._now = now
         self.leaving: CloseCode | None = None
@@ -415,6 +418,9 @@ class Channel:
             if source.messages:
                 self._turns.append(source)
             return sealed
+        if self._paced and session.told != session.received:
+            session.grant(self._granted_by_us)  # nothing else goes now: acknowledge
+            return session.next_frame(lend)
         if self.leaving is not None and not self.queued and not self._turns:
             session.close(self.leaving)
             return session.next_frame(lend)
@@ -546,7 +552,7 @@ class Channel:
         self._owed += size
         if self._owed >= ACK_BYTES or session.received - session.told >= ACK_CHUNKS:
             session.grant(self._granted_by_us)
-        elif self.ack_at == _NEVER:
+        elif self.ack_at == _NEVER and not self._paced:
             self.ack_at = self._now + ACK_SECONDS
 
     def _begin(self, header: ChunkHeader) -> _Incoming:

@@ -753,7 +753,13 @@ class _Driver:
         cell = None if not peer.routes else self._circuits.limit - CELL_COST
         if peer.routes and peer.cell is not None:
             cell = min(peer.cell, self._circuits.limit) - CELL_COST
-        channel = Channel(peer.lanes, run=os.urandom(RUN_SIZE), window=LINK_WINDOW, cell=cell)
+        channel = Channel(
+            peer.lanes,
+            run=os.urandom(RUN_SIZE),
+            window=LINK_WINDOW,
+            cell=cell,
+            paced=bool(peer.routes and self._circuits.cover),
+        )
         gone_by = _FOREVER if peer.cells_only else self._now + self._timeouts.connect
         return _State(peer, channel, gone_by)
 

@@ -829,7 +829,9 @@ def guess_circuit(what: str, cells: Sequence[Sequence[tuple[float, bool, int]]],
             if whole:
                 row |= {f"way {place}": float(one[1]) for place, one in enumerate(some)}
                 row |= {"sum there": float(sum(one[2] for one in some if one[1]))}
-            row |= {"sum": float(sum(one[2] for one in some)), "sizes": float(len({one[2] for one in some}))}
+            sizes = sorted(one[2] for one in some)
+            row |= {"sum": float(sum(sizes)), "least": float(sizes[0]), "most": float(sizes[-1])}
+            row |= {"sizes": float(len(set(sizes))), "middle": float(sizes[len(sizes) // 2])}
             windows.append((row, name))
         known += windows[::2]
         asked += windows[1::2]

@@ -108,7 +108,7 @@ def test_a_group_that_is_not_anonymous_is_told_apart(capsys: pytest.CaptureFixtu
 def test_sizes_at_a_relay(padding: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The middle of three, and two clinics of which one sends thirteen times as much in each message."""
     apart = Setting(
-        anonymous=False, cover=None, epochs=80, samples=(3, 40), batch=40, width=512, relays=3, padding=padding
+        anonymous=False, cover=None, epochs=160, samples=(3, 40), batch=40, width=512, relays=3, padding=padding
     )
     seen = circuits_seen(record(apart), 1)
     assert set(seen) == {("clinic-1", "server"), ("clinic-2", "server")}

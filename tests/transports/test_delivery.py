@@ -27,16 +27,16 @@ from splitsec.transports.wire import NO_RUN, Ready
 LANES = {1: 40 << 20, 2: 100_000}
 
 
-def channel(number: int, window: int = WINDOW) -> Channel:
-    return Channel(LANES, run=bytes([number]) * RUN_SIZE, window=window)
+def channel(number: int, window: int = WINDOW, paced: bool = False) -> Channel:
+    return Channel(LANES, run=bytes([number]) * RUN_SIZE, window=window, paced=paced)
 
 
 class Pair:
     """Two channels that meet again and again."""
 
-    def __init__(self, window: int = WINDOW) -> None:
+    def __init__(self, window: int = WINDOW, paced: bool = False) -> None:
         self.clock = FakeClock()
-        self.left, self.right = channel(1, window), channel(2, window)
+        self.left, self.right = channel(1, window, paced), channel(2, window, paced)
         self.got: tuple[list[Message], list[Message]] = ([], [])
         self.met = 0
         self.meet()
@@ -196,6 +196,26 @@ def test_every_frame_acknowledges_so_a_conversation_needs_no_frames_of_its_own()
     assert pair.left.unacknowledged == 0
     assert pair.right.unacknowledged == 1
     assert pair.left.released == 20 * 4
+
+
+def test_a_paced_channel_acknowledges_with_the_next_frame_it_is_asked_for_and_by_no_timer() -> None:
+    pair = Pair(paced=True)
+    pair.run()
+    due = pair.right.deadline()
+    pair.left.send(Outgoing(1, b"alone", []))
+    pair.wire.collect(0)
+    pair.wire.deliver(0)
+    assert pair.left.unacknowledged == 1
+    assert due is not None and pair.right.deadline() == pytest.approx(due, abs=1e-6)  # as without the message
+    pair.right.send(Outgoing(1, b"answer", []))
+    pair.wire.collect(1)
+    assert len(pair.wire.queues[1]) == 1  # the answer says so, and nothing beside it
+    pair.wire.deliver(1)
+    assert pair.left.unacknowledged == 0
+    pair.run()
+    pair.left.send(Outgoing(1, b"alone", []))
+    pair.run()  # nothing goes back, so that this is said on its own
+    assert pair.left.unacknowledged == 0
 
 
 def test_without_traffic_the_other_way_an_acknowledgement_comes_a_little_later() -> None:
