@@ -581,6 +581,8 @@ class Relay:
         """Take one cell from either side.  Whatever is wrong with it ends the circuit."""
         if self._place is Place.OVER or leg.over:
             return []
+        if self._is_old():
+            return self._end(Why.DONE)
         try:
             leg.arrive(cell)
             return self._from_back(cell) if leg is self.back else self._from_front(leg, cell)
@@ -681,7 +683,7 @@ class Relay:
         order = leg.next_order(lend, self._entropy)
         if order is not None or leg.over:
             return order
-        if not leg.waiting and leg is self.back and self.pull is not None:
+        if not leg.waiting and leg is self.back and self.pull is not None and not self._is_old():
             content = _content(leg, self.pull, self._pace, self._sizes, self._memory)
             if content is not None:
                 self._seal(*content)
@@ -695,6 +697,10 @@ class Relay:
         frame = memoryview(block)[: CELL_HEAD + size]
         frame[CELL_HEAD + used :] = self._entropy(size - used)
         return leg.head(Kind.CELL, used), frame, b""
+
+    def _is_old(self) -> bool:
+        """Its key has sealed more than any honest origin has it seal."""
+        return self._layer is not None and self._layer.sealer.counter >= COUNTER_LIMIT * 3 // 4
 
     # --- the next hop -------------------------------------------------------------------------------------------------
 

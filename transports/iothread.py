@@ -56,6 +56,7 @@ from splitsec.transports.limits import (
     CIRCUITS_SPARE,
     CLOSE_SECONDS,
     CROWD_MAX,
+    CROWD_SECONDS,
     FRAME_MAX,
     HANDSHAKES_BURST,
     HANDSHAKES_PER_SECOND,
@@ -1009,8 +1010,10 @@ class _Driver:
         """One step towards the end: what is queued, goodbyes of forwarded channels, goodbyes of the others.  True: all
         is said.
         """
-        for state in self._states.values():
-            if not state.ended and not (state.is_open or self._is_owed(state, code)):
+        owed = {name for name, state in self._states.items() if not state.ended and self._is_owed(state, code)}
+        by_relays = any(self._states[name].peer.routes for name in owed)  # then their links may come back
+        for name, state in self._states.items():
+            if not (state.is_open or name in owed or (by_relays and state.peer.cells_only)):
                 state.ended = True
         here = [state for state in self._states.values() if not state.ended]
         if self._now >= self._close_by:
@@ -1029,8 +1032,10 @@ class _Driver:
 
     def _is_owed(self, state: _State, code: CloseCode) -> bool:
         """Whether a peer that is not connected now is worth waiting for: something is due to it, if only a goodbye."""
-        if code is not CloseCode.NORMAL or state.peer.cells_only or state.peer.crowd:
+        if code is not CloseCode.NORMAL or state.peer.cells_only:
             return False
+        if state.peer.crowd:
+            return bool(state.channel.queued or state.channel.unacknowledged)
         return state.opened or state.channel.queued > 0
 
     # --- paths --------------------------------------------------------------------------------------------------------
@@ -1111,11 +1116,13 @@ class _Driver:
         goes on with what is over.
         """
         state = self._states[peer]
-        if not state.peer.crowd or state.ended:
+        if not state.peer.crowd:
             return state
         one = self._states.get(peer + theirs.run)
         if one is None:
-            if theirs.known != NO_RUN or sum(other.peer is state.peer for other in self._states.values()) > CROWD_MAX:
+            if state.ended or self._closing is not None or theirs.known != NO_RUN:
+                return None
+            if sum(other.peer is state.peer for other in self._states.values()) > CROWD_MAX:
                 return None
             one = self._states[peer + theirs.run] = self._new_state(state.peer)
             one.gone_by = _FOREVER
@@ -1520,6 +1527,7 @@ class _Driver:
             return
         assert error is not None
         if line.circuit is not None:
+            state.circuit = None
             state.route += 1
             self._forget(line)  # nobody waits at its other end
         if line.port is not None and self._ports.get(line.port) is state:
@@ -1629,7 +1637,10 @@ class _Driver:
             if self._closing is None:
                 self._owner._tell(Closed(key, error, code))
         elif not any(one.is_open for one in self._states.values() if one.peer is state.peer):
-            everybody.gone_by = self._now + max(self._timeouts.connect, self._timeouts.gone)
+            patience = max(self._timeouts.connect, self._timeouts.gone)
+            if error is None:  # the next one may have weights to wait for
+                patience = max(patience, CROWD_SECONDS)
+            everybody.gone_by = self._now + patience
 
     def _log_stranger(self, message: str) -> None:
         """One line for the operator, unless strangers have caused too many."""

@@ -34,6 +34,7 @@ __all__ = [
     "CONNECT_SECONDS",
     "COUNTER_LIMIT",
     "CROWD_MAX",
+    "CROWD_SECONDS",
     "FRAME_MAX",
     "GATHER_MAX",
     "HANDSHAKES_BURST",
@@ -196,6 +197,10 @@ LONE_CELL: Final = 64 << 10
 CIRCUITS_SPARE: Final = 64
 """Circuits that a link may carry beyond twice those that the contract has through us: those that end here, or are being
 built."""
+
+CROWD_SECONDS: Final = 600.0
+"""Seconds, at least, until a group is given up of which one has said goodbye and no other has come: weights may be on
+their way from one to the other, and we cannot see that."""
 
 CROWD_MAX: Final = 1024
 """Channels that all who prove one key may have at the same time."""
