@@ -347,16 +347,25 @@ class Guard:
         if isinstance(error, below.Lost):
             if party in self._opened:
                 return PeerLost(
-                    f"was lost: {error}", party=party, fix=f"look whether {party} still runs and is connected"
+                    f"was lost: {error}",
+                    party=party,
+                    fix=f"look whether {party} still runs and is connected" + self._relays_to(party),
                 )
             return PeerUnreachable(
                 str(error).removeprefix("the peer ")
                 if "did not come up" in str(error)
                 else f"did not come up: {error}",
                 party=party,
-                fix="start that party, check its log, or raise `timeouts: {connect: ...}` in the graph file",
+                fix="start that party, check its log"
+                + self._relays_to(party)
+                + ", or raise `timeouts: {connect: ...}` in the graph file",
             )
         return PeerLost(f"cannot be sent to: {error}", party=party)
+
+    def _relays_to(self, party: str) -> str:
+        """Who else may be at fault."""
+        relays = {name for one in self.plan.circuits if party in one[:2] for route in one.routes for name in route}
+        return f"; look at the relays on the way, too ({', '.join(sorted(relays))})" if relays else ""
 
     def close(self, reason: int = CloseCode.NORMAL, linger: float = 5.0) -> None:
         """Send what is queued, say goodbye with ``reason``, and give the sockets back.

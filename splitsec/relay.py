@@ -117,6 +117,7 @@ def run_relay(
         cover=graph.circuits.cover,
         cell_limit=cell_limit_of(graph),
         passages=passages_of(graph, name),
+        labels={key: party for party, key in keys_of(graph).items()},
     )
     try:
         thread.start()

@@ -257,6 +257,7 @@ class IOThread:
         passages: Collection[tuple[bytes, bytes]] = (),
         cell_limit: int = CELL_MAX,
         cover: float | None = None,
+        labels: Mapping[bytes, str] | None = None,
         connect_timeout: float = 60.0,
         lost_after: float = 20.0,
         gone_after: float = 60.0,
@@ -267,10 +268,11 @@ class IOThread:
 
         ``passages``: from which link circuits may go on to which, by key; as often as there are such circuits.
         ``cell_limit``: bytes of the largest cell that all agree on. ``cover``: seconds; our ends of circuits then send
-        one cell every so many, with something in it or not. ``connect_timeout``: seconds from ``start`` until a peer
-        that is not there is given up. ``lost_after``: seconds of silence after which a connection is held for broken.
-        ``gone_after``: seconds without a connection after which a peer is given up. ``post_quantum``: whether ML-
-        KEM-768 stands beside X25519; all sides must say the same. ``options``: for a transport, by scheme.
+        one cell every so many, with something in it or not. ``labels``: what messages call a peer, by its key.
+        ``connect_timeout``: seconds from ``start`` until a peer that is not there is given up. ``lost_after``: seconds
+        of silence after which a connection is held for broken. ``gone_after``: seconds without a connection after
+        which a peer is given up. ``post_quantum``: whether ML- KEM-768 stands beside X25519; all sides must say the
+        same. ``options``: for a transport, by scheme.
         """
         self._peers = {peer.key: peer for peer in peers}
         if len(self._peers) != len(peers):
@@ -298,6 +300,7 @@ class IOThread:
             self._peers,
             listen,
             _Circuits(Counter(passages), cell_limit, cover),
+            labels or {},
             _Timeouts(connect_timeout, lost_after, gone_after),
             post_quantum,
             options or {},
@@ -633,6 +636,7 @@ class _Driver:
         peers: Mapping[bytes, Peer],
         listen: str | None,
         circuits: _Circuits,
+        labels: Mapping[bytes, str],
         timeouts: _Timeouts,
         post_quantum: bool,
         options: Mapping[str, Mapping[str, str]],
@@ -645,6 +649,7 @@ class _Driver:
         self._digest = digest
         self._listen = listen
         self._circuits = circuits
+        self._labels = labels
         self._timeouts = timeouts
         self._post_quantum = post_quantum
         self._options = options
@@ -956,7 +961,7 @@ class _Driver:
                     why = f"the peer is gone: no connection that lasted for {self._timeouts.gone:g} s"
                 else:
                     why = f"the peer did not come up within {self._timeouts.connect:g} s"
-                self._give_up(state, Lost(why + state.last_try), CloseCode.LOST)
+                self._give_up(state, Lost(why + self._what_is_wrong(state)), CloseCode.LOST)
             elif now >= state.redial_at:
                 state.redial_at = _FOREVER
                 self._dial(state)
@@ -1279,6 +1284,11 @@ class _Driver:
         self._wake_at = 0.0
         if not state.peer.cells_only:
             self._owner._tell(Resumed(peer) if state.opened else Opened(peer))
+        else:
+            _log.info("connected with %s, over which circuits go", self._called(peer))
+        if state.peer.initiator and len(state.peer.routes) > 1 and state.opened:
+            route = state.peer.routes[state.route % len(state.peer.routes)]
+            _log.info("%s is reached through %s now", self._called(peer), ", ".join(map(self._called, route)))
         state.opened = True
         self._leave_if_done(state)
         if line.port is not None:
@@ -1312,7 +1322,21 @@ class _Driver:
                 self._nudge(state.circuit)
                 self._wake_at = 0.0
                 return
-        state.last_try = "; no relay that leads there is connected with us"
+
+    def _what_is_wrong(self, state: _State) -> str:
+        """Why a peer was not reached, as far as we know."""
+        near = dict.fromkeys(route[0 if state.peer.initiator else -1] for route in state.peer.routes)
+        away = [self._states[key] for key in near if not self._states[key].is_open]
+        if not away:
+            return state.last_try
+        return "; " + ", and ".join(
+            f"the relay {self._called(link.peer.key)} is not connected with us{link.last_try.replace('; ', ': ', 1)}"
+            for link in away
+        )
+
+    def _called(self, key: bytes) -> str:
+        """What people call a peer."""
+        return self._labels.get(key) or "x25519:" + base64.b64encode(key).decode()
 
     def _number(self, link: _State) -> int:
         """A number for another circuit on a link: random, but odd where our key is the larger one."""
@@ -1470,8 +1494,7 @@ class _Driver:
         self._wake_at = 0.0
         line = self._lines.pop((end, None), None)
         state = self._leads_to(end)
-        where = "" if hop is None else f" at hop {hop + 1}"
-        error = Lost(f"the circuit ended{where}: {why.name.lower()}")
+        error = Lost(self._how_it_ended(state, why, hop))
         if state is not None:
             state.circuit = None
         if line is not None:
@@ -1483,6 +1506,24 @@ class _Driver:
             state.last_try = f"; the last try ended so: {error}"
             state.redial_at = self._now + self._pause(state)
             state.pause = min(2 * state.pause, REDIAL_MAX_SECONDS)
+
+    def _how_it_ended(self, state: _State | None, why: Why, hop: int | None) -> str:
+        """Of a circuit, in names of who is on it."""
+        if state is None or not state.peer.initiator:
+            return f"the circuit ended ({why.name.lower()})"
+        routes = state.peer.routes
+        hops = [self._called(key) for key in (*routes[state.route % len(routes)], state.peer.key)]
+        if hop is None or hop + 1 >= len(hops):
+            return f"the circuit through {', '.join(hops[:-1])} ended ({why.name.lower()})"
+        match why:
+            case Why.UNREACHABLE:
+                return f"the relay {hops[hop]} has no connection with {hops[hop + 1]}"
+            case Why.LOST:
+                return f"the relay {hops[hop]} lost its connection with {hops[hop + 1]}"
+            case Why.BUSY:
+                return f"the relay {hops[hop]} carries as many circuits as it may"
+            case _:
+                return f"the circuit ended at the relay {hops[hop]} ({why.name.lower()})"
 
     def _lose_link(self, link: _State) -> None:
         """A connection is no more, and no circuit over it."""
@@ -1518,7 +1559,12 @@ class _Driver:
         state.channel.detach()
         self._lose_link(state)
         if state.peer.cells_only:
-            error = error or Lost("the relay has said goodbye")
+            error = error or Lost("it has said goodbye")
+            if self._logs.take(self._now):
+                level = logging.WARNING if isinstance(error, Refused) else logging.INFO
+                _log.log(
+                    level, "no connection with %s, over which circuits go: %s", self._called(state.peer.key), error
+                )
         elif state.leaving and not state.owed:  # it has all that we said, if perhaps not our goodbye
             self._give_up(state, None, CloseCode.NORMAL)
             return
@@ -1572,10 +1618,14 @@ class _Driver:
             state.gone_by = self._now + gone
         state.progress = state.channel.progress
         if self._logs.take(self._now):
-            key = base64.b64encode(state.peer.key).decode()
-            _log.warning("the connection with x25519:%s broke: %s; trying again for %g s", key, error, gone)
+            _log.info(
+                "the connection with %s broke: %s; trying again for %g s", self._called(state.peer.key), error, gone
+            )
+        seconds = max(0.0, state.gone_by - self._now)
+        if state.peer.crowd:  # another of it may come
+            seconds += max(self._timeouts.connect, gone)
         if self._closing is None:
-            self._owner._tell(Interrupted(state.peer.key, error, max(0.0, state.gone_by - self._now)))
+            self._owner._tell(Interrupted(state.peer.key, error, seconds))
 
     def _close_peer(self, state: _State, code: CloseCode, why: str) -> None:
         """The computing side has seen enough of this peer."""
@@ -1602,7 +1652,7 @@ class _Driver:
         """The peer's channel is over, or will never be."""
         key = state.peer.key
         if isinstance(error, PeerMisbehaved):
-            _log.warning("closed the channel with x25519:%s: %s", base64.b64encode(key).decode(), error)
+            _log.warning("closed the channel with %s: %s", self._called(key), error)
         if state.line is not None:
             self._drop(state.line)
             state.line = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     private_key = read_key(key, passphrase=passphrase_for(Path(key), arguments))
     name = party_of(graph, private_key, name)
     keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s")
 
     def report(event: dict[str, Any]) -> None:
         print(json.dumps({"party": name, **event}) if arguments.json else _sentence(name, event), flush=True)

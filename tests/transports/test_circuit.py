@@ -892,6 +892,30 @@ def test_whoever_closes_it_closes_it_everywhere(at: int) -> None:
     assert onion.got == ([], [])
 
 
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_a_relay_whose_key_has_sealed_too_much_ends_its_circuit(hops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the origin does not: it keeps no rule, or no time."""
+    limit = 40
+    monkeypatch.setattr("splitsec.transports.circuit.COUNTER_LIMIT", limit)
+    onion = Onion(hops).build()
+    for relay in onion.relays:
+        assert relay._layer is not None
+        relay._layer.sealer._limit = limit
+    said = frames(2 * limit)
+    for frame in said:
+        onion.send(1, frame)
+        onion.run()
+    onion.send(0, b"go on")
+    onion.run()
+    assert ended(onion, 1) == Ended(Why.DONE)
+    assert all(is_over(onion, at) for at in range(hops + 1))
+    assert limit // 2 < len(onion.got[0]) <= limit * 3 // 4
+    assert onion.got[0] == said[: len(onion.got[0])]
+    for relay in onion.relays:
+        assert relay._layer is not None
+        assert relay._layer.sealer.counter <= limit * 3 // 4 + 1  # and one word of its own, perhaps
+
+
 def test_memory_is_used_again_and_not_hoarded() -> None:
     onion = Onion(4, cell=LARGE).build()
     for _ in range(30):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import threading
 import time
@@ -10,9 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from splitsec.transports import iothread
-from splitsec.transports.circuit import Leg
-from splitsec.transports.errors import Lost, PeerMisbehaved
+from splitsec.transports import base, iothread
+from splitsec.transports.circuit import Leg, Place, Relay
+from splitsec.transports.errors import Lost, PeerMisbehaved, Restarted
+from splitsec.transports.handshake import Initiator
 from splitsec.transports.iothread import (
     CloseCode,
     Closed,
@@ -24,13 +26,16 @@ from splitsec.transports.iothread import (
     Received,
     Resumed,
 )
-from splitsec.transports.limits import CELL_HEAD, CIRCUIT_CELLS, SMALL_CELL, cell_limit, fixed_cell
+from splitsec.transports.limits import CELL_HEAD, CIRCUIT_CELLS, ROUTE_TRIES, SMALL_CELL, cell_limit, fixed_cell
 from splitsec.transports.noise import public_key_of
-from splitsec.transports.wire import CELL_KINDS, Kind
+from splitsec.transports.session import Session
+from splitsec.transports.testing import lend
+from splitsec.transports.wire import CELL_KINDS, NO_RUN, ChunkHeader, Kind, Ready
 
 from .conftest import PATIENCE
 
 DIGEST = bytes(range(32))
+FLOOD = 8000  # circuits that a neighbour asks for: what says no to all of them fits no buffer of the system's
 LANES: Mapping[int, int] = {1: 8 << 20}
 LIMIT = cell_limit(8)
 
@@ -267,7 +272,8 @@ def test_an_end_is_told_what_happens_to_the_circuit(net: Net) -> None:
     net.stop("r2")
     interrupted = a.next()
     assert isinstance(interrupted, Interrupted) and interrupted.peer == b.key
-    assert "the circuit ended at hop 1: lost" in str(interrupted.error)
+    r1, r2 = (f"x25519:{base64.b64encode(net[name].key).decode()}" for name in ("r1", "r2"))
+    assert str(interrupted.error) == f"the relay {r1} lost its connection with {r2}"
     assert isinstance(b.next(), Interrupted)
     net.restart("r2")
     assert a.next() == Resumed(b.key)
@@ -306,6 +312,178 @@ def test_where_a_relay_is_gone_another_way_is_taken(net: Net) -> None:
     assert legs(net[second]) == 2
 
 
+def told(node: Node, of: Node, text: bytes) -> None:
+    """It hears this next, and of nobody else but that a connection broke or came back."""
+    while not isinstance(event := node.next(), Received):
+        assert isinstance(event, Interrupted | Resumed) and event.peer == of.key, event
+    assert event == Received(of.key, 1, text, memoryview(b""))
+
+
+def talk(a: Node, b: Node, seconds: float) -> None:
+    """Both ways, for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for one, other in ((a, b), (b, a)):
+            one.live.send(other.key, 1, b"are you there?")
+            told(other, one, b"are you there?")
+        time.sleep(0.01)
+
+
+def swallow(
+    net: Net, name: str, monkeypatch: pytest.MonkeyPatch, which: Callable[[iothread._Line, iothread.Cell], bool]
+) -> None:
+    """A relay passes nothing on of what is said to it so; until it is started anew."""
+    bad = net[name].live._driver
+    real = iothread._Driver._cell
+
+    def cell(driver: iothread._Driver, line: iothread._Line, cell: iothread.Cell) -> None:
+        if driver is not bad or not which(line, cell):
+            real(driver, line, cell)
+
+    monkeypatch.setattr(iothread._Driver, "_cell", cell)
+
+
+def test_a_relay_that_is_away_for_long_is_no_news_where_there_is_another_way(net: Net) -> None:
+    """Nor is it given up: when the other way is gone, it carries everything."""
+    gone = 1.0
+    a, b = fork(net, gone_after=gone)
+    met(a, b)
+    first, second = ("r1", "r2") if legs(net["r1"]) else ("r2", "r1")
+    net.stop(first)
+    talk(a, b, 1.5 * gone)
+    net.restart(first)
+    until = time.monotonic() + PATIENCE
+    while sum(state.is_open for state in net[first].live._driver._states.values()) < 2:
+        assert time.monotonic() < until, "nobody comes back"
+        talk(a, b, 0.05)
+    net.stop(second)
+    talk(a, b, 0.1)
+    assert legs(net[first]) == 2
+
+
+def test_neighbours_that_were_away_for_long_are_let_in_for_another_run(net: Net) -> None:
+    gone = 0.4
+    net.relay("r1", {"a": False, "b": False}, [("a", "b")], gone_after=gone)
+    routes = (net.far("r1"),)
+    links = [net.link("r1", dial=True)]
+    net.start("b", [*links, Peer(net["a"].key, routes=routes, lanes=LANES)], connect_timeout=5.0)
+    net.start("a", [*links, Peer(net["b"].key, routes=routes, initiator=True, lanes=LANES)], connect_timeout=5.0)
+    a, b = net["a"], net["b"]
+    met(a, b)
+    a.live.close()
+    assert b.next() == Closed(a.key, None, CloseCode.NORMAL)
+    b.live.close()
+    time.sleep(2 * gone)
+    assert net["r1"].live.receive(0) is None
+    net.restart("b")
+    net.restart("a")
+    met(a, b)
+    talk(a, b, 0.1)
+    assert net["r1"].live.receive(0) is None
+
+
+@pytest.mark.parametrize("ways", ["ab", "b"], ids=["both ways", "what comes back"])
+def test_where_a_relay_builds_circuits_and_swallows_what_passes_another_way_is_taken(
+    net: Net, monkeypatch: pytest.MonkeyPatch, ways: str
+) -> None:
+    """At once, whoever of both ends is the first to notice."""
+    a, b = fork(net, lost_after=1.0, gone_after=6.0)
+    met(a, b)
+    first, second = ("r1", "r2") if legs(net["r1"]) else ("r2", "r1")
+    bad = net[first].live._driver
+    again: list[int] = []
+
+    def passes(line: iothread._Line, cell: iothread.Cell) -> bool:
+        assert line.known is not None
+        if cell.header.kind is Kind.CREATE:
+            again.append(cell.header.number)
+        leg = line.known.legs.get(cell.header.number)
+        machine = None if leg is None else bad._legs[leg].circuit
+        said = line.known.peer.key in net.far(*ways)
+        return said and cell.header.kind is Kind.CELL and isinstance(machine, Relay) and machine.place is Place.PASSING
+
+    swallow(net, first, monkeypatch, passes)
+    a.live._driver._states[b.key].tries = ROUTE_TRIES - 1  # as many came to nothing while all started
+    b.live.send(a.key, 1, b"by the other way")
+    told(a, b, b"by the other way")
+    assert legs(net[second]) == 2
+    assert not again
+
+
+class Flood:
+    """A neighbour that asks for circuits, one after another, and reads nothing."""
+
+    def __init__(self, node: Node, relay: Node) -> None:
+        scheme, kind = base.find_transport(relay.address)
+        self.transport = kind(scheme)
+        self.port = self.transport.dial(relay.address)
+        self.session = Session(
+            Initiator(node.private_key, relay.key, DIGEST),
+            now=time.monotonic(),
+            lost_after=PATIENCE,
+            greet=lambda peer, theirs: Ready(os.urandom(16), NO_RUN, 0, 1 << 20),
+        )
+        self.connection: object = None
+        self.odd = node.key > relay.key
+
+    def meet(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while not self.session.is_open:
+            assert time.monotonic() < until, "never let in"
+            self.port.tick(time.monotonic())
+            event = self.port.receive()
+            if isinstance(event, base.Connected):
+                self.connection = event.connection
+            elif isinstance(event, base.Arrival):
+                self.session.receive(event.frame, time.monotonic())
+            while self.connection is not None and (frame := self.session.next_frame(lend)) is not None:
+                assert self.port.send(self.connection, frame)
+            time.sleep(0.001)
+
+    def ask(self, number: int) -> None:
+        """For a circuit, with a message that is no key at all."""
+        frame = memoryview(bytearray(CELL_HEAD + SMALL_CELL))
+        header = ChunkHeader(Kind.CREATE, value=1 << 20, payload_size=48, number=2 * number + self.odd)
+        self.session.seal_cell(header, frame, os.urandom(48))
+        until = time.monotonic() + 0.5
+        while not self.port.send(self.connection, frame) and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self.port.close(0)
+        self.transport.close(0)
+
+
+def test_who_asks_for_circuits_without_end_and_does_not_read_fills_nobodys_memory(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net.relay("r1", {"a": False, "b": False}, [("a", "b")])
+    relay, node = net["r1"], net["a"]
+    driver = relay.live._driver
+    state = driver._states[node.key]
+    most = 0
+    real = iothread._Driver._attach
+
+    def attach(self: iothread._Driver, link: iothread._State, *more: object) -> None:
+        nonlocal most
+        real(self, link, *more)  # type: ignore[arg-type]
+        most = max(most, len(link.legs))
+
+    monkeypatch.setattr(iothread._Driver, "_attach", attach)
+    flood = Flood(node, relay)
+    try:
+        flood.meet()
+        for number in range(FLOOD):
+            flood.ask(number)
+            if not state.is_open and most:
+                break
+        assert not state.is_open, f"{most} circuits of one neighbour, which is still a neighbour"
+        assert driver._most[node.key] <= most <= 2 * driver._most[node.key]
+        assert not state.legs
+    finally:
+        flood.close()
+
+
 def test_a_relay_that_leads_nowhere_is_passed_over(net: Net) -> None:
     """The first of two ways is connected with us, and not with the far end."""
     net.relay("r1", {"a": False, "b": False}, [("a", "b")])
@@ -331,9 +509,9 @@ def test_no_way_at_all_is_told_in_time_with_the_hop_that_failed(net: Net) -> Non
     )
     closed = net["a"].next()
     assert isinstance(closed, Closed) and isinstance(closed.error, Lost)
-    assert "did not come up within 1 s; the last try ended so: the circuit ended at hop 1: unreachable" in str(
-        closed.error
-    )
+    says = str(closed.error)
+    assert "did not come up within 1 s; the last try ended so: the relay x25519:" in says
+    assert says.endswith(f"has no connection with x25519:{base64.b64encode(net['b'].key).decode()}")
     closed = net["b"].next()
     assert isinstance(closed, Closed) and isinstance(closed.error, Lost)
 
@@ -599,23 +777,124 @@ def test_a_member_that_misbehaves_closes_the_crowd(net: Net) -> None:
     assert closed.code is CloseCode.MISBEHAVED
 
 
+def crowd_states(server: Node) -> int:
+    """One for the crowd, and one for each of it."""
+    return sum(state.peer.crowd for state in list(server.live._driver._states.values()))
+
+
+def test_a_goodbye_whose_answer_got_lost_with_the_relay_is_one(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = crowd(net, ["m1"])
+    node = member(net, "m1")
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
+    all_there(node, server)
+    swallow(net, "r1", monkeypatch, lambda line, cell: line.known is not None and line.known.peer.key == server.key)
+    node.live.leave_peer(server.key)
+    until = time.monotonic() + PATIENCE
+    while crowd_states(server) > 1:  # until the goodbye has arrived
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    net.stop("r1")
+    net.restart("r1")
+    assert node.next() == Closed(server.key, None, CloseCode.NORMAL)
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
+    assert crowd_states(server) == 2
+
+
+def test_a_member_that_comes_back_after_it_was_given_up_is_told_so_and_leaves_nothing(net: Net) -> None:
+    server = crowd(net, ["m1"], gone_after=0.3)
+    node = member(net, "m1")
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
+    net.stop("r1")
+    until = time.monotonic() + PATIENCE
+    while crowd_states(server) > 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    net.restart("r1")
+    closed = node.until(Closed)
+    assert isinstance(closed, Closed) and isinstance(closed.error, Restarted)
+    assert crowd_states(server) == 1
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
+
+
+def last_word(net: Net, sender: Node, to: bytes, hearer: Node) -> None:
+    """Said while the only relay is down, by who closes then; the relay comes back a moment later."""
+    net.stop("r1")
+    sender.until(Interrupted)
+    sender.live.send(to, 1, b"last word")
+    thread = threading.Thread(target=lambda: sender.live.close(linger=PATIENCE), name="closes")
+    thread.start()
+    until = time.monotonic() + PATIENCE
+    while sender.live._driver._closing is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.1)
+    net.restart("r1")
+    told(hearer, sender, b"last word")
+    assert hearer.next() == Closed(sender.key, None, CloseCode.NORMAL)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("builds", [False, True], ids=["built to", "builds"])
+def test_a_last_word_arrives_though_the_relay_is_down_when_it_is_said(net: Net, builds: bool) -> None:
+    net.relay("r1", {"a": False, "b": False}, [("a", "b")])
+    routes = (net.far("r1"),)
+    links = [net.link("r1", dial=True)]
+    for name, other, initiator in (("b", "a", False), ("a", "b", True)):
+        peer = Peer(net[other].key, routes=routes, initiator=initiator, lanes=LANES, cell=65_536)
+        net.start(name, [*links, peer], gone_after=8.0)
+    a, b = net["a"], net["b"]
+    met(a, b)
+    sender, hearer = (a, b) if builds else (b, a)
+    last_word(net, sender, hearer.key, hearer)
+
+
+def test_a_last_word_to_a_crowd_arrives_though_the_relay_is_down_when_it_is_said(net: Net) -> None:
+    server = crowd(net, ["m1"])
+    node = member(net, "m1", gone_after=8.0)
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
+    all_there(node, server)
+    last_word(net, server, CROWD, node)
+
+
 def test_a_crowd_of_which_nobody_comes_is_given_up(net: Net) -> None:
     server = crowd(net, ["m1"], connect_timeout=0.6, gone_after=0.3)
     closed = server.next()
     assert isinstance(closed, Closed) and closed.peer == CROWD and isinstance(closed.error, Lost)
 
 
-def test_a_crowd_that_went_and_does_not_come_back_is_given_up(net: Net) -> None:
-    server = crowd(net, ["m1"], connect_timeout=3.0, gone_after=0.3)
+def gone_again(net: Net) -> Node:
+    """A crowd's server, after one of the crowd came and said goodbye."""
+    server = crowd(net, ["m1"], connect_timeout=2.0, gone_after=0.3)
     node = member(net, "m1")
     node.live.open_peer(server.key)
     ask_after_opening(server, node)
     node.live.leave_peer(server.key)
     assert node.next() == Closed(server.key, None, CloseCode.NORMAL)
+    return server
+
+
+def test_a_crowd_that_went_and_does_not_come_back_is_given_up(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitsec.transports.iothread.CROWD_SECONDS", 3.0)
+    server = gone_again(net)
     began = time.monotonic()
     closed = server.next()
-    assert isinstance(closed, Closed) and isinstance(closed.error, Lost)
-    assert time.monotonic() - began > 2.0
+    assert isinstance(closed, Closed) and closed.peer == CROWD and isinstance(closed.error, Lost)
+    assert time.monotonic() - began > 2.5
+
+
+def test_a_crowd_has_time_to_hand_on_what_the_next_one_needs(net: Net) -> None:
+    """However short the time after which a peer that vanished is given up."""
+    server = gone_again(net)
+    assert server.live.receive(2.5) is None
+    node = net["m1"]
+    node.live.open_peer(server.key)
+    ask_after_opening(server, node)
 
 
 def ask_after_opening(server: Node, node: Node) -> None:
