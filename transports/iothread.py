@@ -1293,7 +1293,7 @@ class _Driver:
         self._leave_if_done(state)
         if line.port is not None:
             for other in list(self._states.values()):
-                if other.peer.initiator and not other.ended and other.redial_at == _FOREVER:
+                if other.peer.initiator and not other.ended:
                     self._dial(other)
 
     # --- circuits -----------------------------------------------------------------------------------------------------
@@ -1609,12 +1609,15 @@ class _Driver:
         return state.pause * (0.75 + os.urandom(1)[0] / 512) + (BUSY_RETRY_SECONDS if other_dials else 0.0)
 
     def _interrupted(self, state: _State, error: TransportsError) -> None:
-        """An open session broke.  The time until the peer is given up begins anew only where the channel got on."""
+        """An open session broke.  The time until the peer is given up begins anew only where the channel got on, or had
+        no need to.
+        """
         if state.peer.cells_only:
             return  # it may come and go; a circuit that ends says so
         gone = self._timeouts.gone
+        waits = state.channel.queued or state.channel.unacknowledged
         got_on = state.channel.progress > state.progress or self._now - state.opened_at > gone
-        if got_on or state.gone_by == _FOREVER:
+        if got_on or not waits or state.gone_by == _FOREVER:
             state.gone_by = self._now + gone
         state.progress = state.channel.progress
         if self._logs.take(self._now):

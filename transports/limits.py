@@ -191,7 +191,7 @@ RELAY_BYTES: Final = 64 << 20
 CELL_MIN: Final = 16 << 10
 """Bytes of the largest cell where a relay carries more circuits than RELAY_BYTES is made for."""
 
-LONE_CELL: Final = 64 << 10
+LONE_CELL: Final = 16 << 10
 """Bytes of the cells of a circuit whose messages have no largest size: weights that are handed on."""
 
 CIRCUITS_SPARE: Final = 64

@@ -221,7 +221,9 @@ def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, tmp_path: Path
         assert re.search(rf"^splitsec: (?!{name})(clinic-[ab]|server): ", end.stderr, re.MULTILINE)
         assert "Traceback" not in end.stderr
     lost = [name for name, end in ends.items() if f"\nsplitsec: {party}: was lost: the peer is gone" in end.stderr]
-    assert lost == (["server"] if party == "clinic-b" else ["clinic-a", "clinic-b"])
+    assert set(lost) >= (
+        {"server"} if party == "clinic-b" else {"clinic-a", "clinic-b"}
+    )  # who is first ends the others
     for name in lost:
         assert "no connection that lasted for 3 s" in ends[name].stderr
         assert f"look whether {party} still runs and is connected" in ends[name].stderr

@@ -73,6 +73,7 @@ cuts:
 labels:
   - {from: clinics, to: trunk}
 training: {epochs: 8, batch_size: 6, micro_batches: 2, seed: 11}
+circuits: {padding: padme}  # a cell comes whole or not at all, and the lines below break every 20,000 bytes
 timeouts: {connect: 40, lost: 4, gone: 30}
 """
 
@@ -546,9 +547,7 @@ def test_an_attack_costs_a_connection_and_no_more(
     told = {party: run.broke(party) for party in ("clinic", "server")}
     if place > 1:
         assert all(told.values())
-    for party, other in (("clinic", "server"), ("server", "clinic")):  # whoever is told sees it in the log, too
-        for why in told[party]:
-            assert f" broke: {why}; trying again for 30 s" in run.logged[other]
+    for party in ("clinic", "server"):
         assert len(told[party]) == sum(event["event"] == "resumed" for event in run.said[party])
     victim = "server" if (direction == "to the listener") != (name == "reflect") else "clinic"
     if name not in ("cut the cable", "join with the next") and place > 1:
@@ -880,11 +879,8 @@ def test_attacks_on_processes(shell: Shell, tmp_path: Path, pair: Peace, taps: l
     assert tap.connections == 3
     server, clinic = (" ".join(commands[party].err.text.split()) for party in ("server", "clinic"))
     damaged = "a record that is altered, or not the next one"
-    keys = {name: party.key for name, party in load_graph(folder / "graph.yaml").parties.items()}
-    assert f"the connection with {keys['clinic']} broke: {damaged}; trying again for 30 s" in server
     assert f"server: the connection with clinic broke ({damaged}); nothing is lost, trying again for 30 s" in server
     assert server.count("server: connected with clinic again") == 2
-    assert f"the connection with {keys['server']} broke: " in clinic
     assert "clinic: the connection with server broke (" in clinic
     assert clinic.count("clinic: connected with server again") == 2
     assert {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")} == pair.run.written
