@@ -73,7 +73,6 @@ cuts:
 labels:
   - {from: clinics, to: trunk}
 training: {epochs: 8, batch_size: 6, micro_batches: 2, seed: 11}
-circuits: {padding: padme}  # a cell comes whole or not at all, and the lines below break every 20,000 bytes
 timeouts: {connect: 40, lost: 4, gone: 30}
 """
 
@@ -741,6 +740,7 @@ def bad_lines(ring: Peace) -> list[tuple[Run, TroubledProxy]]:
         here = free_port()
         with TroubledProxy(here, line, seed) as proxy:
             text = ring.text.replace("HERE", str(here)).replace("TAP", str(proxy.port))
+            text += "circuits: {padding: padme}\n"  # a cell comes whole or not at all, and these lines break soon
             return run_all(ring.folder, 6000 + seed, text, ring.begin), proxy
 
     with ThreadPoolExecutor(len(LINES)) as pool:
