@@ -48,10 +48,9 @@ from splitsec.schedule import (
 )
 from splitsec.segments import Segment, build_segments
 from splitsec.trace import Trace
-from splitsec.transports.errors import TransportsError
-from splitsec.transports.iothread import CloseCode, IOThread
+from splitsec.transports.iothread import CloseCode
 from splitsec.turns import DRAWN, Secret, run_of
-from splitsec.wiring import cell_limit_of, keys_of, passages_of, peers_of
+from splitsec.wiring import keys_of, open_thread, peers_of
 
 __all__ = ["Job", "Party", "Report", "run_party"]
 
@@ -148,35 +147,7 @@ def open_guard(
     """
     name = plan.party
     peers = peers_of(graph, name, plan, group_key=group_key)
-    thread = IOThread(
-        private_key=private_key,
-        digest=digest(graph),
-        peers=peers,
-        listen=listen or graph.parties[name].listen,
-        connect_timeout=graph.timeouts.connect,
-        lost_after=graph.timeouts.lost,
-        gone_after=graph.timeouts.gone,
-        post_quantum=graph.post_quantum,
-        options=options,
-        cover=graph.circuits.cover,
-        cell_limit=cell_limit_of(graph),
-        passages=passages_of(graph, name),
-        labels={key: party for party, key in keys_of(graph).items()},
-    )
-    try:
-        thread.start()
-    except TransportsError as error:
-        if "cannot listen" not in str(error):
-            raise UserError(
-                f"{name} cannot use its addresses: {error}",
-                expected="addresses in the graph file that this machine can dial or listen at",
-                fix="follow the message; docs/websocket.md says what wss:// needs",
-            ) from error
-        raise UserError(
-            f"{name} cannot listen at {listen or graph.parties[name].listen}: {error}",
-            expected="an address of this machine that nobody else listens at",
-            fix="look what uses it, or give another `listen` in the party file",
-        ) from error
+    thread = open_thread(graph, name, private_key, peers, listen=listen, options=options)
     keys = keys_of(graph)
     names = {keys[party]: party for party in plan.peers}
     return Guard(

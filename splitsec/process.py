@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from splitsec.errors import InternalError, PeerError, SplitsecError
 
@@ -31,6 +31,7 @@ __all__ = [
     "leave_the_compiler_out",
     "main",
     "prepare",
+    "serve",
 ]
 
 SWITCH_SECONDS = 0.0002
@@ -130,9 +131,9 @@ def internal(error: BaseException) -> InternalError:
     )
 
 
-def main() -> int:
-    """Be the party that standard input describes; events go out on what was standard output, all else to standard
-    error.
+def serve(work: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]) -> int:
+    """Do ``work(assignment, report)`` as standard input says; its exit code.  Reports go out on what was standard
+    output, all else to standard error.
     """
     die_with_parent()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -144,7 +145,7 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
 
     try:
-        _run(assignment, report, events)
+        work(assignment, report)
     except Exception as error:
         if not isinstance(error, SplitsecError):
             traceback.print_exc()
@@ -154,7 +155,12 @@ def main() -> int:
     return 0
 
 
-def _run(assignment: dict[str, Any], report: Any, events: TextIO) -> None:
+def main() -> int:
+    """Be the party that standard input describes."""
+    return serve(_party)
+
+
+def _party(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     prepare(assignment["threads"])
     from splitsec.graph import parse_graph
     from splitsec.party import Job, run_party

@@ -15,20 +15,16 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, final
 
-from splitsec.contract import digest
-from splitsec.errors import SplitsecError, UserError
 from splitsec.graph import Graph, parse_graph
 from splitsec.identity import public_of
 from splitsec.plan import cell_links, taking_part
-from splitsec.process import described, die_with_parent, keep_freed_memory
-from splitsec.transports.errors import TransportsError
-from splitsec.transports.iothread import CloseCode, IOThread
-from splitsec.wiring import cell_limit_of, keys_of, passages_of, peers_of
+from splitsec.process import keep_freed_memory, serve
+from splitsec.transports.iothread import CloseCode
+from splitsec.wiring import keys_of, open_thread, peers_of
 
 __all__ = ["main", "neighbours_of", "party_of", "run_relay", "told_to_stop"]
 
@@ -104,45 +100,13 @@ def run_relay(
     Neighbours come and go, and many runs may pass through.  ``listen``: in place of the graph's; ``options``: for a
     transport, by scheme.  Raises ``GraphError`` where a party has no key, ``UserError`` where an address is of no use.
     """
-    thread = IOThread(
-        private_key=private_key,
-        digest=digest(graph),
-        peers=peers_of(graph, name),
-        listen=listen or graph.parties[name].listen,
-        connect_timeout=graph.timeouts.connect,
-        lost_after=graph.timeouts.lost,
-        gone_after=graph.timeouts.gone,
-        post_quantum=graph.post_quantum,
-        options=options,
-        cover=graph.circuits.cover,
-        cell_limit=cell_limit_of(graph),
-        passages=passages_of(graph, name),
-        labels={key: party for party, key in keys_of(graph).items()},
-    )
-    try:
-        thread.start()
-    except TransportsError as error:
-        raise _cannot_start(name, listen or graph.parties[name].listen, error) from error
+    thread = open_thread(graph, name, private_key, peers_of(graph, name), listen=listen, options=options)
     try:
         report({"event": "relays", "listens": thread.endpoint, "neighbours": list(neighbours_of(graph, name))})
         while True:
             thread.receive()  # of links that carry cells alone nothing is told: only a fault comes out of here
     finally:
         thread.close(CloseCode.STOPPED)
-
-
-def _cannot_start(name: str, listen: str | None, error: TransportsError) -> UserError:
-    if "cannot listen" not in str(error):
-        return UserError(
-            f"{name} cannot use its addresses: {error}",
-            expected="addresses in the graph file that this machine can dial or listen at",
-            fix="follow the message; docs/websocket.md says what wss:// needs, which stands in a party file (--party)",
-        )
-    return UserError(
-        f"{name} cannot listen at {listen}: {error}",
-        expected="an address of this machine that nobody else listens at",
-        fix="look what uses it, or give another with --listen",
-    )
 
 
 # --- ending it
@@ -175,16 +139,11 @@ def told_to_stop() -> Iterator[None]:
 
 
 def main() -> int:
-    """Be the relay that standard input describes, until it closes; events go out on what was standard output."""
-    die_with_parent()
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-    assignment = json.loads(sys.stdin.readline())
+    """Be the relay that standard input describes, until it closes."""
+    return serve(_relay)
 
-    def report(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
 
+def _relay(assignment: dict[str, Any], report: Report) -> None:
     def follow_parent() -> None:
         while sys.stdin.readline():
             pass
@@ -192,20 +151,12 @@ def main() -> int:
 
     threading.Thread(target=follow_parent, name="parent", daemon=True).start()
     keep_freed_memory()
-    try:
-        run_relay(
-            parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
-            assignment["party"],
-            private_key=base64.b64decode(assignment["key"]),
-            report=report,
-        )
-    except Exception as error:
-        if not isinstance(error, SplitsecError):
-            traceback.print_exc()
-        failure = described(error)
-        report(failure)
-        return int(failure["exit_code"])
-    return 0
+    run_relay(
+        parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
+        assignment["party"],
+        private_key=base64.b64decode(assignment["key"]),
+        report=report,
+    )
 
 
 if __name__ == "__main__":

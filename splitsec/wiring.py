@@ -1,20 +1,72 @@
-"""What the I/O thread of a party must know: with whom it has a link, over which links cells pass, who is at the end of
-a circuit, and with which keys.
+"""The I/O thread of a party, and what it must know: with whom it has a link, over which links cells pass, who is at the
+end of a circuit, and with which keys.
 
-Here: a graph's links and circuits, and a party's plan, as ``Peer``s.  Not here: which lanes there are (``plan``), how
-cells travel (``transports``).  Neither torch nor numpy: a relay reads this, too.
+Here: a graph's links and circuits, and a party's plan, as ``Peer``s; a thread that was told all that, started.  Not
+here: which lanes there are (``plan``), how cells travel (``transports``).  Neither torch nor numpy: a relay reads this,
+too.
 """
 
 from __future__ import annotations
 
-from splitsec.errors import InternalError
+from collections.abc import Mapping, Sequence
+
+from splitsec.contract import digest
+from splitsec.errors import InternalError, UserError
 from splitsec.graph import Circuit, Graph
 from splitsec.identity import parse_public
 from splitsec.plan import Plan, cell_links, largest_bodies
 from splitsec.transports import limits
-from splitsec.transports.iothread import Peer
+from splitsec.transports.errors import TransportsError
+from splitsec.transports.iothread import IOThread, Peer
 
-__all__ = ["cell_limit_of", "cell_of", "keys_of", "passages_of", "peers_of"]
+__all__ = ["cell_limit_of", "cell_of", "keys_of", "open_thread", "passages_of", "peers_of"]
+
+
+def open_thread(
+    graph: Graph,
+    party: str,
+    private_key: bytes,
+    peers: Sequence[Peer],
+    *,
+    listen: str | None = None,
+    options: Mapping[str, Mapping[str, str]] | None = None,
+) -> IOThread:
+    """The I/O thread of ``party``, started: it listens, dials, and passes cells on for others.
+
+    ``peers``: as ``peers_of`` gives them.  ``listen``: in place of the graph's; ``options``: for a transport, by
+    scheme. Raises ``GraphError`` where a party has no key, ``UserError`` where an address is of no use.
+    """
+    listen = listen or graph.parties[party].listen
+    thread = IOThread(
+        private_key=private_key,
+        digest=digest(graph),
+        peers=peers,
+        listen=listen,
+        passages=passages_of(graph, party),
+        cell_limit=cell_limit_of(graph),
+        cover=graph.circuits.cover,
+        labels={key: name for name, key in keys_of(graph).items()},
+        connect_timeout=graph.timeouts.connect,
+        lost_after=graph.timeouts.lost,
+        gone_after=graph.timeouts.gone,
+        post_quantum=graph.post_quantum,
+        options=options,
+    )
+    try:
+        thread.start()
+    except TransportsError as error:
+        if "cannot listen" in str(error):
+            raise UserError(
+                f"{party} cannot listen at {listen}: {error}",
+                expected="an address of this machine that nobody else listens at",
+                fix="look what uses it, or give another: `listen` in the party file, or `--listen` of a relay",
+            ) from error
+        raise UserError(
+            f"{party} cannot use its addresses: {error}",
+            expected="addresses in the graph file that this machine can dial or listen at",
+            fix="follow the message; docs/websocket.md says what wss:// needs, which stands in a party file",
+        ) from error
+    return thread
 
 
 def keys_of(graph: Graph) -> dict[str, bytes]:

@@ -1012,8 +1012,8 @@ class _Driver:
         return True
 
     def _leave(self, code: CloseCode) -> bool:
-        """One step towards the end: what is queued, goodbyes of forwarded channels, goodbyes of the others.  True: all
-        is said.
+        """One step towards the end: what is queued, goodbyes of channels in circuits, goodbyes of the others.  True:
+        all is said.
         """
         owed = {name for name, state in self._states.items() if not state.ended and self._is_owed(state, code)}
         by_relays = any(self._states[name].peer.routes for name in owed)  # then their links may come back
@@ -1328,9 +1328,10 @@ class _Driver:
         near = dict.fromkeys(route[0 if state.peer.initiator else -1] for route in state.peer.routes)
         away = [self._states[key] for key in near if not self._states[key].is_open]
         if not away:
-            return state.last_try
+            return f"; the last try ended so: {state.last_try}" if state.last_try else ""
         return "; " + ", and ".join(
-            f"the relay {self._called(link.peer.key)} is not connected with us{link.last_try.replace('; ', ': ', 1)}"
+            f"the relay {self._called(link.peer.key)} is not connected with us"
+            + (f" ({link.last_try})" if link.last_try else "")
             for link in away
         )
 
@@ -1503,7 +1504,7 @@ class _Driver:
             state.tries += 1
             if state.tries % ROUTE_TRIES == 0:
                 state.route += 1
-            state.last_try = f"; the last try ended so: {error}"
+            state.last_try = str(error)
             state.redial_at = self._now + self._pause(state)
             state.pause = min(2 * state.pause, REDIAL_MAX_SECONDS)
 
@@ -1579,7 +1580,7 @@ class _Driver:
         if line.port is not None and self._ports.get(line.port) is state:
             self._lines.pop(self._path(line), None)  # its end is goodbye enough
             self._remove_port(line.port, 0)
-        state.last_try = f"; the last try ended so: {error}"
+        state.last_try = str(error)
         state.redial_at = self._now + self._pause(state)
         state.pause = min(2 * state.pause, REDIAL_MAX_SECONDS)
         if carried:

@@ -39,7 +39,6 @@ from splitsec.process import SWITCH_SECONDS, die_with_parent, keep_freed_memory
 
 if TYPE_CHECKING:
     from splitsec.graph import Graph
-    from splitsec.transports.iothread import IOThread
 
 __all__ = ["CIRCUITS", "RELAYS", "SIZES", "Cost", "Crowd", "Measured", "Report", "Verdict", "bench_circuit", "main"]
 
@@ -685,11 +684,9 @@ class _End:
     """A party of a path that sends and takes messages as a training does."""
 
     def __init__(self, assignment: Mapping[str, Any]) -> None:
-        from splitsec.contract import digest
         from splitsec.graph import parse_graph
         from splitsec.plan import make_plan
-        from splitsec.transports.iothread import IOThread
-        from splitsec.wiring import cell_limit_of, keys_of, passages_of, peers_of
+        from splitsec.wiring import keys_of, open_thread, peers_of
 
         ((party, key),) = assignment["keys"].items()
         graph: Graph = parse_graph(assignment["graph"], "bench")
@@ -705,15 +702,7 @@ class _End:
         self.peers = len(peers)
         self.ended: queue.SimpleQueue[float] = queue.SimpleQueue()
         self.cell = peers[0].cell
-        self.io: IOThread = IOThread(
-            private_key=base64.b64decode(key),
-            digest=digest(graph),
-            peers=peers_of(graph, party, plan),
-            listen=graph.parties[party].listen,
-            passages=passages_of(graph, party),
-            cell_limit=cell_limit_of(graph),
-        )
-        self.io.start()
+        self.io = open_thread(graph, party, base64.b64decode(key), peers_of(graph, party, plan))
 
     def opened(self) -> None:
         """Wait until everybody is there."""
