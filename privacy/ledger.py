@@ -600,8 +600,10 @@ class Meter:
         self._expected = np.array(slots_in_order, dtype=np.int64)
         self._place.clear()
 
-    def spend(self, account: Account, slots: npt.ArrayLike) -> None:
+    def spend(self, account: Account, slots: npt.ArrayLike, *, again: bool = False) -> None:
         """Count one release of each of ``slots`` in ``account``.  Call it before the tensor is handed to anybody.
+
+        ``again``: one more of slots that were released just now, beside those that were expected.
 
         Raises ``BudgetSpent``, with nothing spent: not one of them may be released.
         """
@@ -614,7 +616,7 @@ class Meter:
             ahead = _longer(np.zeros(0, np.int64) if ahead is None else ahead, self._ledger.samples)
             self._ahead[account] = ahead
         place = self._place.get(account, 0)
-        keeps_order = place >= 0 and np.array_equal(self._expected[place : place + len(taken)], taken)
+        keeps_order = not again and place >= 0 and np.array_equal(self._expected[place : place + len(taken)], taken)
         np.subtract.at(ahead, taken, 1)
         try:
             if len(taken) and int(ahead[taken].min()) < 0:
@@ -626,7 +628,8 @@ class Meter:
         except BaseException:
             np.add.at(ahead, taken, 1)  # not spent: whoever asked must not release
             raise
-        self._place[account] = place + len(taken) if keeps_order else -1
+        if not again:
+            self._place[account] = place + len(taken) if keeps_order else -1
 
     def _coming(self, ahead: Slots, place: int, taken: Slots) -> Slots:
         """What will be asked for after ``taken``, as far as a block goes and nothing is reserved for it."""

@@ -8,15 +8,23 @@ cross the line (``guard``).
 
 In a step without training the way back carries empty messages: the step ends at the same point for all of its
 parties, and none runs ahead of those behind it.
+
+A training step that may be redone (``schedule.may_redo``) has a *source*, the party with all its samples and labels.
+What the source asks for may be a decoy: the step with false labels, all the way forward and back; then both are
+forgotten, here and at all others, and the same step is made with true labels, as attempt 1, whose micro-batches are
+numbered on from those of attempt 0.  The protocol tells the others so only after they have answered.  So they hold a
+step: their optimisers wait for the first message of what comes next, which says whether the step stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from splitsec.detectors import Detectors
 from splitsec.errors import PeerMisbehaved
 from splitsec.guard import Guard
 from splitsec.messages import DTYPES, Message
@@ -35,28 +43,71 @@ WhoseData = Callable[[MicroBatch], Carried | None]
 
 
 class Engine:
-    """Runs the steps of one party."""
+    """Runs the steps of one party.  ``detectors`` look at what comes in while training, and ask for decoys."""
 
-    def __init__(self, plan: Plan, segments: Mapping[str, Segment], guard: Guard) -> None:
+    def __init__(
+        self, plan: Plan, segments: Mapping[str, Segment], guard: Guard, detectors: Detectors | None = None
+    ) -> None:
         self.plan = plan
         self.segments = segments
         self.guard = guard
+        self.detectors = detectors
+        self._held: _StepRun | None = None
 
     def run_step(
         self, step: Step, rows: Rows, *, update: int, whose: WhoseData = lambda micro: None
     ) -> dict[str, list[torch.Tensor]]:
-        """Run ``step`` to its end at this party.
+        """Run ``step`` to its end at this party; where it may still be redone, its weights change with the next one.
 
         ``rows`` gives this party's own samples, ``whose`` says to the guard which they are; ``update`` numbers the
         optimiser update that a training step makes.  Returns the outputs of the segments with a loss here, one tensor
         for each micro-batch (only for a step that predicts).
         """
+        self._settle()
         run = _StepRun(self, step, rows, update, whose)
-        run.give_labels()
-        while not run.over:
-            if not (run.forward_next() or run.backward_next()):
-                self.guard.wait(on=run.waits_for())
+        if step.redo and not self._source_of(step):
+            run.hold()
+            self._held = run
+        elif step.redo and (decoy := self._decoy(run)) is not None:
+            decoy.hold()
+            decoy.run()
+            decoy.forget()
+            run = _StepRun(self, step, rows, update, whose, after=decoy)
+        run.run()
         return run.predictions
+
+    def _settle(self) -> None:
+        """End the step that is held: as the first message of what comes next says, it stands or is redone."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if held.wait_for_the_next() != held.step.number:
+            held.stand()
+            return
+        held.forget()
+        _StepRun(self, held.step, held.rows, held.update_number, held.whose, after=held).run()
+
+    def _source_of(self, step: Step) -> bool:
+        """Whether the samples of ``step``, which may be redone, are this party's."""
+        streams = {micro.stream for micro in step.micro_batches}
+        return any(stage.reads is not None for stream in streams for stage in self.plan.streams[stream].stages)
+
+    def _decoy(self, run: _StepRun) -> _StepRun | None:
+        """A first attempt at the step of ``run`` with false labels, where there shall be one.
+
+        Never where a sample's second release in a step would cost privacy that somebody counts on.
+        """
+        if self.detectors is None or any(segment.private is not None for segment in self.segments.values()):
+            return None
+        if self.guard.safeguards is not None and not self.guard.safeguards.may_repeat:
+            return None
+        if not self.detectors.decoy(run.step):
+            return None
+        true = run.all_labels()
+        false = self.detectors.false_labels(true)
+        if false is None:
+            return None
+        return _StepRun(self, run.step, run.rows, run.update_number, run.whose, false=false, true=true)
 
 
 class _Work(NamedTuple):
@@ -83,15 +134,39 @@ class _Line:
 
 
 class _StepRun:
-    """One step under way: what has come, what was made, what is still to do."""
+    """One attempt at a step: what has come, what was made, what is still to do.
 
-    def __init__(self, engine: Engine, step: Step, rows: Rows, update: int, whose: WhoseData) -> None:
+    ``after``: the attempt before this one, which does not stand.  ``false``: the labels of a decoy by field, over all
+    rows of the step; ``true``: those that they stand in for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        step: Step,
+        rows: Rows,
+        update: int,
+        whose: WhoseData,
+        *,
+        after: _StepRun | None = None,
+        false: Mapping[str, torch.Tensor] | None = None,
+        true: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.guard = engine.guard
         self.step = step
         self.rows = rows
         self.whose = whose
+        self.update_number = update
         self.update = update if step.phase == TRAIN else None
         self.predictions: dict[str, list[torch.Tensor]] = {}
+        self.false, self.true = false, true
+        self.gradients: dict[Edge, list[torch.Tensor]] = {}
+        """What came back over the cuts of a source, micro-batch by micro-batch, where a decoy is compared."""
+        self._after = after
+        self._first_key = 0 if after is None else len(step.micro_batches)
+        self._detectors = engine.detectors if step.phase == TRAIN else None
+        self._holds = False
+        self._to_look_at: list[Callable[[], None]] = []
         self._made: dict[tuple[int, int], torch.Tensor] = {}
         self._returned: dict[tuple[int, int], torch.Tensor | None] = {}
         self._streams = {micro.stream: engine.plan.streams[micro.stream] for micro in step.micro_batches}
@@ -101,6 +176,63 @@ class _StepRun:
                 works.setdefault(stage.segment, []).append(_Work(micro, stage))
         self._lines = [_Line(engine.segments[name], work) for name, work in works.items()]
         self._untaken: list[tuple[Edge, MicroBatch]] = []
+
+    def run(self) -> None:
+        """From the first message to the last."""
+        self.give_labels()
+        while not self.over:
+            if not (self.forward_next() or self.backward_next()):
+                self.guard.wait(on=self.waits_for())
+
+    # --- what may come to nothing
+
+    def hold(self) -> None:
+        """Before ``run``: let no segment step at its end, but in ``stand``; or never, in ``forget``."""
+        self._holds = True
+        for line in self._lines:
+            line.segment.hold()
+
+    def stand(self) -> None:
+        """The attempt that was held is the step: look at what came, and step."""
+        for look in self._to_look_at:
+            look()
+        for line in self._lines:
+            line.segment.step()
+
+    def forget(self) -> None:
+        """The attempt that was held does not count, nor does what came back for it."""
+        for line in self._lines:
+            line.segment.forget()
+
+    def wait_for_the_next(self) -> int:
+        """Wait for whoever sends us activations or labels, and return for which step the first of it is."""
+        stages = [stage for stream in self._streams.values() for stage in stream.stages]
+        edges = [edge for stage in stages for edge in (*stage.inputs, stage.labels) if edge is not None]
+        lanes = {(edge.source_party, edge.lane) for edge in edges if not edge.local}
+        while True:
+            for lane in sorted(lanes):
+                if (message := self.guard.peek(lane)) is not None:
+                    return message.key[0]
+            self.guard.wait(on={party for party, _ in lanes})
+
+    def all_labels(self) -> dict[str, torch.Tensor]:
+        """This party's labels by field, over all rows of the step."""
+        return {
+            field: torch.cat([self.rows(micro, field) for micro in self.step.micro_batches])
+            for field in self._label_fields
+        }
+
+    @property
+    def _label_fields(self) -> list[str]:
+        edges = [edge for stream in self._streams.values() for edge in stream.own_labels]
+        return list(dict.fromkeys(edge.field for edge in edges if edge.field is not None))
+
+    def _labels(self, micro: MicroBatch, field: str) -> torch.Tensor:
+        """What this attempt gives out as labels."""
+        if self.false is None:
+            return self.rows(micro, field)
+        first = sum(one.rows for one in self.step.micro_batches[: micro.number])
+        return self.false[field][first : first + micro.rows]
 
     @property
     def over(self) -> bool:
@@ -168,11 +300,11 @@ class _StepRun:
         message = self.guard.peek((party, lane))
         if message is None:
             return False
-        if message.key != (self.step.number, micro.number):
+        if message.key != (due := (self.step.number, self._first_key + micro.number)):
             raise PeerMisbehaved(
                 f"sent {message.kind} of {edge.source} -> {edge.target} for step, micro-batch {message.key}",
                 party=party,
-                expected=f"{(self.step.number, micro.number)}",
+                expected=f"{due}",
             )
         for tensor in message.tensors.values():
             if len(tensor) != micro.rows:
@@ -192,7 +324,7 @@ class _StepRun:
         for micro in self.step.micro_batches:
             for edge in self._streams[micro.stream].gives_labels:
                 assert edge.field is not None
-                self._send(edge, micro, "labels", self.rows(micro, edge.field), back=False)
+                self._send(edge, micro, "labels", self._labels(micro, edge.field), back=False)
                 if edge.answered:
                     self._untaken.append((edge, micro))
 
@@ -212,6 +344,9 @@ class _StepRun:
             stage, inputs, labels, micro=micro.number, update=self.update, share=micro.rows / self.step.rows
         )
         line.forwarded += 1
+        loss, detectors = line.segment.step_loss, self._detectors
+        if loss is not None and detectors is not None and line.forwarded == len(line.work):
+            self._look(lambda: detectors.loss(stage.segment, self.step, loss))
         for edge, output in outputs.items():
             if edge.local:
                 self._made[edge.index, micro.number] = output
@@ -223,6 +358,9 @@ class _StepRun:
     def _backward(self, line: _Line, work: _Work) -> None:
         micro, stage = work
         gradients = {edge: self._take_back(edge, micro) for edge in stage.outputs}
+        for edge, gradient in gradients.items():
+            if self.update is not None and gradient is not None and not edge.local:
+                self._notice(edge, micro, gradient)
         back: list[torch.Tensor | None] = [None] * len(stage.inputs)
         if self.update is not None:
             back = line.segment.backward(stage, gradients, micro=micro.number)
@@ -234,14 +372,48 @@ class _StepRun:
                 if gradient is None and self.update is not None and _has_gradient(edge):
                     gradient = torch.zeros(micro.rows, *edge.shape, dtype=DTYPES[edge.dtype])  # no way to a loss
                 self._send(edge, micro, "gradient", gradient, back=True)
-        if self.update is not None and line.returned == len(line.work):
+        if self.update is not None and line.returned == len(line.work) and not self._holds:
             line.segment.step()
+
+    def _notice(self, edge: Edge, micro: MicroBatch, gradient: torch.Tensor) -> None:
+        """Let the detectors look at ``gradient``, which came in, before anything is done with it."""
+        detectors = self._detectors
+        if detectors is None:
+            return
+        if self.false is not None or (self._after is not None and self._after.false is not None):
+            self.gradients.setdefault(edge, []).append(gradient)
+        labels = {
+            one.field: self.rows(micro, one.field)
+            for one in self._streams[micro.stream].own_labels
+            if one.field is not None
+        }
+        self._look(lambda: detectors.gradient(edge, self.step, micro, gradient, labels))
+        decoy = self._after
+        if decoy is None or decoy.false is None or len(self.gradients[edge]) < len(self.step.micro_batches):
+            return
+        detectors.answered(
+            edge, self.step, torch.cat(decoy.gradients[edge]), torch.cat(self.gradients[edge]), decoy.changed
+        )
+
+    def _look(self, look: Callable[[], None]) -> None:
+        """``look`` now; where the attempt is held, only once it stands: answers to false labels are not judged so."""
+        if self._holds:
+            self._to_look_at.append(look)
+        else:
+            look()
+
+    @property
+    def changed(self) -> torch.Tensor:
+        """Of a decoy: whose label was false, bool ``[rows]``."""
+        assert self.false is not None and self.true is not None
+        different = [(self.true[name] != self.false[name]).reshape(self.step.rows, -1).any(1) for name in self.true]
+        return torch.stack(different).any(0)
 
     def _take(self, edge: Edge, micro: MicroBatch) -> torch.Tensor:
         if not edge.local:
             return next(iter(self.guard.take((edge.source_party, edge.lane)).tensors.values()))
         if edge.field is not None:
-            return self.rows(micro, edge.field)
+            return self._labels(micro, edge.field)
         return self._made.pop((edge.index, micro.number))
 
     def _take_back(self, edge: Edge, micro: MicroBatch) -> torch.Tensor | None:
@@ -258,11 +430,11 @@ class _StepRun:
 
     def _send(self, edge: Edge, micro: MicroBatch, kind: str, tensor: torch.Tensor | None, *, back: bool) -> None:
         lane = (edge.source_party, edge.back_lane) if back else (edge.target_party, edge.lane)
-        self.guard.release(
-            lane,
-            Message(kind, (self.step.number, micro.number), tensors={} if tensor is None else {"": tensor}),
-            self.whose(micro),
-        )
+        carried = self.whose(micro)
+        if carried is not None and self._after is not None:
+            carried = replace(carried, again=True)
+        key = (self.step.number, self._first_key + micro.number)
+        self.guard.release(lane, Message(kind, key, tensors={} if tensor is None else {"": tensor}), carried)
 
 
 def _has_gradient(edge: Edge) -> bool:

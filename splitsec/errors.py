@@ -6,6 +6,7 @@ which stands where the mistake is noticed.  Every error says what was seen, what
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Refusal",
     "SamplesError",
     "SplitsecError",
+    "SuspectedAttack",
     "UnsafeSegment",
     "UserError",
 ]
@@ -124,6 +126,33 @@ class EgressRefused(Refusal):
 
 class UnsafeSegment(Refusal):
     """A segment does something that its cut's promises do not allow."""
+
+
+class SuspectedAttack(Refusal):
+    """What comes back from another party looks like an attack on our samples: we stopped before anything more left.
+
+    Not a ``PeerError``: nobody is proven to have done wrong.  ``detector`` noticed it in what ``party`` sent over
+    ``cut`` in the training step numbered ``batch`` of ours, from 1.  ``evidence``: the numbers behind it.
+    """
+
+    def __init__(
+        self,
+        seen: str,
+        *,
+        detector: str,
+        cut: str,
+        party: str,
+        batch: int,
+        evidence: Mapping[str, float],
+        expected: str = "",
+        fix: str = "",
+    ) -> None:
+        self.detector = detector
+        self.cut = cut
+        self.party = party
+        self.batch = batch
+        self.evidence = dict(evidence)
+        super().__init__(seen, expected=expected, fix=fix)
 
 
 class PeerError(SplitsecError):

@@ -452,6 +452,14 @@ class Training(_Entry):
     micro_batches: int = Field(default=1, ge=1, le=4096, description="slices of a batch that are in flight together")
     seed: int = Field(default=0, ge=0, lt=2**63, description="from which weights, order of samples and dropout follow")
     drop_last: bool = Field(default=False, description="leave out a last batch that is smaller than `batch_size`")
+    decoys: int = Field(
+        default=100,
+        ge=0,
+        le=10**9,
+        description="of about so many training steps, a party that holds all samples and labels of a stream makes one "
+        "with false labels first, which does not stand, to see whether its peers heed labels; 0: none "
+        "(docs/protocol.md, section 9)",
+    )
 
 
 class Timeouts(_Entry):

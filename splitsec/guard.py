@@ -206,6 +206,10 @@ class Guard:
         except BadMessage as error:
             raise PeerMisbehaved(f"sent an unreadable message for {declared.name}: {error}", party=party) from error
         complaint = _complaint(declared, message, self._last_in.get(key))
+        if complaint is None and declared.kind in ("gradient", "taken"):
+            asked = self._last_out.get((party, arrived.lane - 1))  # a way back is numbered after its way there
+            if asked is None or message.key > asked:
+                complaint = f"message {message.key}, an answer to what we have not sent"
         if complaint is None and len(self._waiting[key]) >= declared.most_waiting:
             complaint = f"more than {declared.most_waiting} messages ahead of us"
         if complaint is not None:

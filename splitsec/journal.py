@@ -2,7 +2,8 @@
 
 Here: the file that a run appends to, the same file read back, and a check that finds what was changed in it since.  One
 JSON object a line: how a run began, then each message: when, to whom, on which cut, its place, shapes, size, how many
-samples, which privacy was applied, and the digest of what was sent.  Never a value, a sample id or a key.  Not here:
+samples, which privacy was applied, and the digest of what was sent; and why the party stopped, where a detector raised
+an alarm (``kind`` ``alarm``: its numbers).  Never a value, a sample id or a key.  Not here:
 what may leave (``guard``, which writes a line before the channel gets the bytes); what lines look like on a screen
 (``cli/journal``).
 
@@ -34,7 +35,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,7 +68,9 @@ _NUMBER = re.compile(rb'\{"number":([1-9][0-9]{0,17}),')
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry as it stands in the file; ``kind`` is ``opened`` where a run began, else that of the message."""
+    """One entry as it stands in the file; ``kind`` is ``opened`` where a run began, ``alarm`` where a detector stopped
+    it, else that of the message.
+    """
 
     line: int
     number: int
@@ -188,6 +191,25 @@ class Journal:
         )
         if time.monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
+        return self._number
+
+    def alarm(self, *, detector: str, cut: str, peer: str, batch: int, evidence: Mapping[str, float]) -> int:
+        """Write down what ``detector`` found in what came from ``peer`` over ``cut``; the disk holds it on return.
+
+        ``batch``: training steps of this party so far.  ``evidence``: what was measured, by name; of whole batches,
+        never of a sample.  Returns the entry's number.  Raises ``LedgerError`` as ``append`` does.
+        """
+        self._write(
+            {
+                "kind": "alarm",
+                "detector": detector,
+                "cut": cut,
+                "peer": peer,
+                "batch": batch,
+                "evidence": dict(evidence),
+            }
+        )
+        self.sync()
         return self._number
 
     def _write(self, values: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitsec.agreement import SPLITS, Gossip, agree_on_order, in_common
-from splitsec.books import open_books
+from splitsec.books import open_books, open_journal
 from splitsec.contract import digest
 from splitsec.demands import demands_of
+from splitsec.detectors import Detectors
 from splitsec.engine import Engine
-from splitsec.errors import BudgetSpent, PartyFileError, PeerMisbehaved, UserError
+from splitsec.errors import BudgetSpent, LedgerError, PartyFileError, PeerMisbehaved, SuspectedAttack, UserError
 from splitsec.graph import Graph
 from splitsec.guard import Guard
 from splitsec.identity import public_of
@@ -31,7 +32,7 @@ from splitsec.messages import Message
 from splitsec.partyfile import PartyFile
 from splitsec.plan import ORDER, Plan, make_plan, weights_lane
 from splitsec.probe import check_private, check_shapes
-from splitsec.safeguards import Carried, Safeguards
+from splitsec.safeguards import Carried, Safeguards, write_alarm
 from splitsec.samples import Samples, epoch_order, read_own
 from splitsec.schedule import (
     SPLIT,
@@ -56,7 +57,7 @@ __all__ = ["Job", "Party", "Report", "run_party"]
 
 Report = Callable[[dict[str, Any]], None]
 """Takes what happens, as plain JSON values with an ``event``: ready, connected, interrupted, resumed, turn, step, turn
-over, score, warning, saved, done.
+over, score, warning, alarm, saved, done.
 """
 
 STEP_REPORT_SECONDS = 0.1
@@ -247,6 +248,26 @@ class Party:
             )
         return given
 
+    def _alarm(self, suspected: SuspectedAttack) -> None:
+        """Write the alarm down and tell the operator; it stands also where no journal can be written."""
+        try:
+            if not self.safeguards.note(suspected):
+                with open_journal(self.job.state or self.file.state_folder, self.graph, self.name) as journal:
+                    write_alarm(journal, suspected)
+        except (LedgerError, OSError) as error:
+            self._warn(f"the alarm could not be written to the journal: {error}")
+        self.report(
+            {
+                "event": "alarm",
+                "detector": suspected.detector,
+                "cut": suspected.cut,
+                "peer": suspected.party,
+                "batch": suspected.batch,
+                "evidence": suspected.evidence,
+                "text": suspected.seen,
+            }
+        )
+
     def _warn(self, text: str) -> None:
         self.report({"event": "warning", "text": text})
 
@@ -418,7 +439,10 @@ class Party:
 
     def run(self) -> None:
         """Every turn of the run, in the order that all parties work out alike."""
-        engine = Engine(self.plan, self.segments, self.guard)
+        detectors = None
+        if self.job.action == "train":
+            detectors = Detectors(self.graph, self.plan, self.file.detectors, alarm=self._alarm, warn=self._warn)
+        engine = Engine(self.plan, self.segments, self.guard, detectors)
         if self.job.action == "train":
             epochs = self._epochs()
             schedule = run_schedule(self.graph, epochs=epochs, counts=self.counts)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from splitsec import yamlfile
 from splitsec.errors import PartyFileError
@@ -38,6 +38,7 @@ __all__ = [
     "Leakage",
     "Optimizer",
     "OwnCutPrivacy",
+    "OwnDetectors",
     "OwnLabelPrivacy",
     "OwnPrivacy",
     "PartyFile",
@@ -216,6 +217,32 @@ class OwnPrivacy(_Entry):
     )
 
 
+class OwnDetectors(_Entry):
+    """What this party looks for in what it receives while training (docs/detectors.md); each where it applies."""
+
+    label_agreement: bool = Field(
+        default=True,
+        description="stop where the gradients that come back do not heed the labels that this party holds",
+    )
+    decoys: bool = Field(
+        default=True,
+        description="try a step with false labels first, now and then (`training: {decoys: ...}` in the graph), and "
+        "stop where the answer does not change",
+    )
+    outliers: bool = Field(
+        default=True, description="stop at gradients of a size that no training makes; warn where all point one way"
+    )
+    loss: bool = Field(default=True, description="warn where the loss that this party computes never falls, or grows")
+
+
+NO_DETECTORS: Final = OwnDetectors(label_agreement=False, decoys=False, outliers=False, loss=False)
+
+
+def _all_or_none(value: object) -> object:
+    """`true` and `false` in place of the keys of `detectors`: all of them, or none."""
+    return dict.fromkeys(OwnDetectors.model_fields, value) if isinstance(value, bool) else value
+
+
 class WebSocket(_Entry):
     """What this party needs for addresses that begin with `wss://`; paths are relative to the party file."""
 
@@ -292,6 +319,10 @@ class PartyFile(_Entry):
         min_length=1,
         description="folder of this party's ledger and journal, relative to this file; `../state/NAME` without it",
     )
+    detectors: Annotated[OwnDetectors, BeforeValidator(_all_or_none)] = Field(
+        default_factory=OwnDetectors,
+        description="what to look for in what comes from other parties; `false`: nothing but NaN and infinity",
+    )
     wss: WebSocket | None = Field(
         default=None, description="TLS files and proxy, where an address begins with `wss://`; see docs/websocket.md"
     )
@@ -325,6 +356,13 @@ class PartyFile(_Entry):
     def state_folder(self) -> Path:
         """Where this party's ledger and journal are kept from run to run."""
         return self.folder / (Path("..", "state", self.party) if self.state is None else Path(self.state).expanduser())
+
+    def undefended(self) -> PartyFile:
+        """A copy without policies, NoPeek, DP-SGD and detectors: for ``splitsec attack``, never for ``join``."""
+        bare = {name: one.model_copy(update={"nopeek": None, "dp_sgd": None}) for name, one in self.segments.items()}
+        copied = self.model_copy(update={"privacy": None, "detectors": NO_DETECTORS, "segments": FrozenDict(bare)})
+        copied._document = self._document
+        return copied
 
     def transport_options(self) -> dict[str, dict[str, str]]:
         """What transports need to be told, by scheme; paths of files that are there and may be used.

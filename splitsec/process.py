@@ -184,6 +184,8 @@ def _party(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
             may_go_on.acquire()
 
     party_file = load_party(assignment["party_file"]).model_copy(update={"listen": None})  # it listens on loopback here
+    if assignment.get("undefended"):
+        party_file = party_file.undefended()
     run_party(
         parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
         party_file,

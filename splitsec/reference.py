@@ -46,6 +46,7 @@ _ENTRIES: Final[tuple[tuple[type[BaseModel], str], ...]] = (
     (partyfile.OwnCutPrivacy, "A party's own cut"),
     (partyfile.OwnLabelPrivacy, "A party's own labels"),
     (partyfile.Leakage, "`leakage`"),
+    (partyfile.OwnDetectors, "`detectors`"),
     (partyfile.WebSocket, "`wss`"),
 )
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from splitsec.demands import Demand, Protects
-from splitsec.errors import BudgetSpent, EgressRefused, LedgerError, UnsafeSegment
+from splitsec.errors import BudgetSpent, EgressRefused, LedgerError, SuspectedAttack, UnsafeSegment
 from splitsec.journal import Journal
 from splitsec.messages import Message
 from splitsec.partyfile import OwnPrivacy
@@ -32,7 +32,7 @@ from splitsec.privacy.policy import LabelPolicy, Policy
 from splitsec.privacy.randomness import KeystreamSource, NoiseSource
 from splitsec.privacy.release import InTheClear, Mechanism
 
-__all__ = ["Carried", "Safeguards", "accounted"]
+__all__ = ["Carried", "Safeguards", "accounted", "write_alarm"]
 
 LEAST_ROWS: Final = 8
 """Samples below which leakage is not measured: the estimators say nothing there."""
@@ -42,7 +42,8 @@ LEAST_ROWS: Final = 8
 class Carried:
     """Whose data a message carries: this party's samples ``rows`` (int64 ``[n]``) of ``split``, in the message's order.
 
-    ``inputs``: the input fields of the whole split, ``[samples, ...]`` each.
+    ``inputs``: the input fields of the whole split, ``[samples, ...]`` each.  ``again``: in the second attempt at a
+    step, whose first was a decoy; they left before in this step, and both count.
     """
 
     split: str
@@ -50,6 +51,7 @@ class Carried:
     inputs: Mapping[str, torch.Tensor]
     training: bool
     stream: int = 0
+    again: bool = False
 
 
 class Safeguards:
@@ -88,9 +90,19 @@ class Safeguards:
             self._meter = Meter(ledger, delta=self._own.delta, budget=limits[0], label_budget=limits[1])
         self._accounted: frozenset[Protects] = frozenset() if ledger is None else frozenset(("inputs", "labels"))
         self._looked: dict[tuple[str, int], int] = defaultdict(int)
-        self._gone: dict[tuple[str, int, int], tuple[int, set[int]]] = {}
+        self._gone: dict[tuple[str, int, int], tuple[tuple[int, bool], set[int]]] = {}
         self._sums: dict[str, dict[str, list[float]]] = {}
         self._warned: set[str] = set()
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a sample may leave twice in a step, in a decoy: not where anybody limits or noises what leaves."""
+        return not (
+            self._private
+            or self._own.epsilon is not None
+            or self._own.label_epsilon is not None
+            or any(demand.policy is not None for demand in self._demands.values())
+        )
 
     # --- before a run
 
@@ -164,7 +176,7 @@ class Safeguards:
             self._once(key, demand, message, carried)
             self._spend(demand, carried)
         treated = self._applied(demand, tensor)
-        if carried is not None and carried.training and demand.lane.kind == "activation":
+        if carried is not None and carried.training and not carried.again and demand.lane.kind == "activation":
             self._look(key, demand, treated, carried)
         return message if treated is tensor else Message(message.kind, message.key, message.facts, {name: treated})
 
@@ -174,7 +186,7 @@ class Safeguards:
             return
         slots = self._datasets[carried.split].slots[carried.rows.numpy()]
         for account in self._accounts_of_weights(segment, private.release, private.clip):
-            self._pay(account, slots)
+            self._pay(account, slots, again=carried.again)
 
     def record(
         self, lane: Lane, message: Message, parts: Sequence[bytes | memoryview], carried: Carried | None
@@ -196,6 +208,13 @@ class Safeguards:
             privacy=self._told(lane, demand) if message.tensors else None,
             body=parts,
         )
+
+    def note(self, alarm: SuspectedAttack) -> bool:
+        """Write an alarm into the journal; False where this party keeps none.  Raises ``LedgerError``."""
+        if self._journal is None:
+            return False
+        write_alarm(self._journal, alarm)
+        return True
 
     # --- after a turn, after a run
 
@@ -238,16 +257,24 @@ class Safeguards:
         return carried is not None and carried.split in self._datasets
 
     def _once(self, key: tuple[str, int], demand: Demand, message: Message, carried: Carried) -> None:
-        """Raise ``EgressRefused`` if one of the samples left on this lane in this step already."""
-        step, rows = message.key[0], carried.rows.tolist()
+        """Raise ``EgressRefused`` if one of the samples left on this lane in this attempt at this step already, or the
+        attempt is a second one where there may be none.
+        """
+        step, rows = (message.key[0], carried.again), carried.rows.tolist()
         place = (*key, carried.stream)  # another stream may hold the same sample: that is another release
         before, gone = self._gone.get(place, (step, set()))
         if before != step:
             gone = set()
+        if carried.again and not self.may_repeat:
+            raise EgressRefused(
+                f"{demand.lane.kind} of {demand.lane.name} to {demand.lane.peer}: step {step[0]} again",
+                expected="no decoys where there is noise, clipping or a budget",
+                fix="nothing was sent; this is a fault of whoever called the guard",
+            )
         if len(gone) + len(rows) != len(gone := gone.union(rows)):
             raise EgressRefused(
-                f"{demand.lane.kind} of {demand.lane.name} to {demand.lane.peer}: a sample twice in step {step}",
-                expected="every sample at most once in a step",
+                f"{demand.lane.kind} of {demand.lane.name} to {demand.lane.peer}: a sample twice in step {step[0]}",
+                expected="every sample at most once in an attempt at a step",
                 fix="nothing was sent; this is a fault of whoever called the guard",
             )
         self._gone[place] = step, gone
@@ -279,12 +306,12 @@ class Safeguards:
             return
         slots = self._datasets[carried.split].slots[carried.rows.numpy()]
         for account in self._accounts_of(demand):
-            self._pay(account, slots)
+            self._pay(account, slots, again=carried.again)
 
-    def _pay(self, account: Account, slots: Any) -> None:
+    def _pay(self, account: Account, slots: Any, *, again: bool) -> None:
         assert self._meter is not None
         try:
-            self._meter.spend(account, slots)
+            self._meter.spend(account, slots, again=again)
         except below.BudgetSpent as error:
             raise BudgetSpent(
                 f"{error}",
@@ -341,6 +368,13 @@ class Safeguards:
         kept = self._sums.setdefault(demand.lane.name, defaultdict(list))
         for name, value in values.items():
             kept[name].append(value)
+
+
+def write_alarm(journal: Journal, alarm: SuspectedAttack) -> None:
+    """The entry of ``alarm``.  Raises ``LedgerError``."""
+    journal.alarm(
+        detector=alarm.detector, cut=alarm.cut, peer=alarm.party, batch=alarm.batch, evidence=alarm.evidence
+    )
 
 
 LIMITED: Final = "distance_correlation_corrected"

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from splitsec.graph import Graph
+from splitsec.graph import FLOATS, Graph
 from splitsec.samples import micro_batch_rows
 
 __all__ = [
     "EVALUATE",
+    "FIRST_REDO",
     "PREDICT",
     "SPLIT",
     "TRAIN",
@@ -31,6 +32,7 @@ __all__ = [
     "Turn",
     "affordable_epochs",
     "last_turn",
+    "may_redo",
     "prediction_schedule",
     "run_schedule",
     "step_count",
@@ -47,6 +49,9 @@ Count = Mapping[str, int]
 """Samples of one stream: ``{"train": n, "test": n, "predict": n}``; where a privacy budget limits them, also how many
 turns they can be used in: ``"train_turns"``, ``"test_turns"``.
 """
+
+FIRST_REDO: Final = 20
+"""Training steps of a stream before the first that may be redoable."""
 
 SPLIT: Final[dict[Phase, str]] = {TRAIN: "train", EVALUATE: "test", PREDICT: "predict"}
 
@@ -65,12 +70,16 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser update (or one batch looked at).  ``number`` counts over the whole run."""
+    """One optimiser update (or one batch looked at).  ``number`` counts over the whole run.
+
+    ``redo``: the party whose samples these are may do it again, so that only the second attempt stands: a decoy.
+    """
 
     number: int
     phase: Phase
     epoch: int
     micro_batches: tuple[MicroBatch, ...]
+    redo: bool = False
 
     @property
     def rows(self) -> int:
@@ -180,13 +189,38 @@ def step_count(graph: Graph, turn: Turn, counts: Sequence[Count]) -> int:
     return max((size // batch if drop_last else -(-size // batch) for size in sizes), default=0)
 
 
+def may_redo(graph: Graph, stream: int) -> bool:
+    """Whether training steps of ``stream`` may be redoable, with false labels in the first attempt.
+
+    Where one party holds all samples and labels of the stream, gradients come to it from others, a step has no other
+    party's batch, and nobody demands noise or hides among others: each release of a sample would be one more.
+    """
+    if not graph.training.decoys or graph.anonymous is not None or (graph.schedule == "parallel" and graph.streams > 1):
+        return False
+    if any(cut.privacy for cut in graph.cuts) or any(labels.privacy for labels in graph.labels):
+        return False
+    source, *others = graph.data_parties(stream)
+
+    def here(segment: str) -> bool:
+        return graph.party_at(graph.segments[segment].at, stream) == source
+
+    return not others and any(cut.dtype in FLOATS and here(cut.source) and not here(cut.target) for cut in graph.cuts)
+
+
 def steps_of(graph: Graph, turn: Turn, counts: Sequence[Count], first: int) -> Iterator[Step]:
-    """The steps of ``turn``, numbered from ``first``."""
+    """The steps of ``turn``, numbered from ``first``.
+
+    The last of a turn is never redoable: who answers would otherwise wait for another turn to know whether it stands.
+    """
     batch, micro_batches = graph.training.batch_size, graph.training.micro_batches
     sizes = _sizes(turn, counts)
     drop_last = graph.training.drop_last and turn.phase == TRAIN
     start = 0
     number = first
+    redoable = range(0)
+    if turn.phase == TRAIN and len(turn.streams) == 1 and may_redo(graph, turn.streams[0]):
+        steps = step_count(graph, turn, counts)
+        redoable = range(first + max(0, FIRST_REDO - turn.epoch * steps), first + steps - 1)
     while True:
         micros: list[MicroBatch] = []
         for stream in turn.streams:
@@ -199,6 +233,6 @@ def steps_of(graph: Graph, turn: Turn, counts: Sequence[Count], first: int) -> I
                 offset += size
         if not micros:
             return
-        yield Step(number, turn.phase, turn.epoch, tuple(micros))
+        yield Step(number, turn.phase, turn.epoch, tuple(micros), number in redoable)
         number += 1
         start += batch

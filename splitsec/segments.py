@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -94,8 +94,33 @@ class _InFlight:
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
+class _Kept:
+    """What a forward while training changes beside gradients: the buffers of a module, and the score."""
+
+    def __init__(self, module: nn.Module, score: Score) -> None:
+        self._score = replace(score)
+        self._buffers = [
+            (part, [(name, held, None if held is None else held.clone()) for name, held in part._buffers.items()])
+            for part in module.modules()
+            if part._buffers
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> Score:
+        """Put the buffers back as they were, also those that were exchanged for others; returns the score."""
+        for part, buffers in self._buffers:
+            for name, held, before in buffers:
+                part._buffers[name] = held
+                if held is not None and before is not None:
+                    held.copy_(before)
+        return self._score
+
+
 class Segment:
-    """One module with its optimiser.  Forward and backward each go through the micro-batches of a step in order."""
+    """One module with its optimiser.  Forward and backward each go through the micro-batches of a step in order.
+
+    After ``hold`` a step can be undone: ``forget`` then takes the place of ``step``, and the next begins where it did.
+    """
 
     def __init__(
         self,
@@ -119,6 +144,8 @@ class Segment:
         self.loss_name = loss_name
         self.seed = seed
         self.score = Score()
+        self._of_step = Score()
+        self._kept: _Kept | None = None
         self._in_flight: dict[int, _InFlight] = {}
 
     # --- one micro-batch
@@ -160,8 +187,10 @@ class Segment:
             if labels is not None and self.loss is not None:
                 with user_code(f"the loss of segment {self.name!r}"):
                     loss = self.loss(produced, labels)
-                self.score.add(float(loss.detach()), _correct(self.loss_name, produced.detach(), labels), len(labels))
+                correct = _correct(self.loss_name, produced.detach(), labels)
+                self.score.add(float(loss.detach()), correct, len(labels))
                 if training:
+                    self._of_step.add(float(loss.detach()), correct, len(labels))
                     weight = stage.loss_weight * share
                     flight.losses.append(loss if weight == 1.0 else loss * weight)
             if training and self.nopeek is not None and stage.reads is not None:
@@ -208,8 +237,34 @@ class Segment:
             torch.autograd.backward(ends)
         return flight.gradients
 
+    def hold(self) -> None:
+        """From here on the step may come to nothing: keep what its forwards will change, until ``step`` or ``forget``.
+
+        Buffers and score; what a module keeps elsewhere is not put back, as it is not handed on.
+        """
+        self._kept = _Kept(self.module, self.score)
+
+    def forget(self) -> None:
+        """Be as if the step that ``hold`` began had not been: no gradients, and buffers and score as they were."""
+        assert self._kept is not None, "hold first"
+        self.score = self._kept.put_back()
+        self._kept = None
+        self._of_step = Score()
+        self._in_flight.clear()
+        if self.private is not None:
+            self.private.forget()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    @property
+    def step_loss(self) -> float | None:
+        """Mean loss over the samples of the training step under way, before its weight; None where there is none."""
+        return self._of_step.loss / self._of_step.rows if self._of_step.rows else None
+
     def step(self) -> None:
         """Apply the gradients gathered over the step's micro-batches, and forget them."""
+        self._kept = None
+        self._of_step = Score()
         if self.private is not None:
             with self._private():
                 self.private.privatise(self._step_rows)

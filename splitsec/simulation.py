@@ -35,7 +35,7 @@ from splitsec.partyfile import Folder, load_folder
 from splitsec.plan import relays_needed, taking_part
 from splitsec.schedule import TRAIN, Turn, run_schedule, step_count, turns_of
 
-__all__ = ["Result", "Watch", "predict", "simulate"]
+__all__ = ["Processes", "Result", "StandIn", "Watch", "predict", "simulate"]
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with a party's name and each event that it reports, for progress."""
@@ -121,7 +121,7 @@ def simulate(
         "trace": _absolute(trace),
         "state": _absolute(state),
     }
-    with _Processes(loaded, job, watch, before_turn) as processes:
+    with Processes(loaded, job, watch, before_turn) as processes:
         processes.follow()
         result = _summed(processes, began, out)
     return result
@@ -154,7 +154,7 @@ def predict(
         "trace": None,
         "state": _absolute(state),
     }
-    with _Processes(loaded, job, watch) as processes:
+    with Processes(loaded, job, watch) as processes:
         processes.follow()
         result = _summed(processes, began, out)
     return result
@@ -259,8 +259,20 @@ class _Relay(_Running):
     """Since it last came up."""
 
 
-class _Processes:
-    """One process per party, from start to end.  Leaving the ``with`` block ends all of them."""
+@dataclass(frozen=True)
+class StandIn:
+    """Who runs in a party's place: another module, told ``more`` besides what a party is told."""
+
+    module: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Processes:
+    """One process per party, from start to end.  Leaving the ``with`` block ends all of them.
+
+    ``stand_ins``: by party.  ``in_front``: given a listening party's name and address, the address that the others
+    dial in its place.  ``more``: what every party is told besides.  ``python``: the program in place of our own.
+    """
 
     def __init__(
         self,
@@ -268,7 +280,18 @@ class _Processes:
         job: Mapping[str, Any],
         watch: Watch,
         before_turn: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        stand_ins: Mapping[str, StandIn] | None = None,
+        in_front: Callable[[str, str], str] = lambda party, address: address,
+        more: Mapping[str, Any] | None = None,
+        python: str | None = None,
     ) -> None:
+        self._python = python or sys.executable
+        self._stand_ins = dict(stand_ins or {})
+        self._in_front = in_front
+        self._more = dict(more or {})
+        self.private: dict[str, X25519PrivateKey] = {}
+        """The throw-away keys, by party and anonymous group."""
         self.folder = folder
         self.job = job
         self.watch = watch
@@ -282,7 +305,7 @@ class _Processes:
         self._selector = selectors.DefaultSelector()
         self.graph = folder.graph
 
-    def __enter__(self) -> _Processes:
+    def __enter__(self) -> Processes:
         try:
             self._start()
         except BaseException:
@@ -297,7 +320,7 @@ class _Processes:
 
     def _start(self) -> None:
         named = [*self.graph.parties, *([self.graph.anonymous] if self.graph.anonymous else [])]
-        private = {name: X25519PrivateKey.generate() for name in named}
+        private = self.private = {name: X25519PrivateKey.generate() for name in named}
         public = {
             name: "x25519:" + base64.b64encode(key.public_key().public_bytes_raw()).decode()
             for name, key in private.items()
@@ -305,7 +328,7 @@ class _Processes:
         addresses: dict[str, tuple[str | None, str | None]] = {}
         for name, party in self.graph.parties.items():
             address = self._loopback() if party.listen is not None else None
-            addresses[name] = (address, address)
+            addresses[name] = (address, None if address is None else self._in_front(name, address))
         self.graph = self.graph.with_keys(public, addresses)
         graph = {
             "graph": self.graph.model_dump(by_alias=True, mode="json"),
@@ -336,15 +359,19 @@ class _Processes:
                 "threads": threads,
                 "pause_at_turns": self.before_turn is not None,
                 "job": dict(self.job),
+                **self._more,
             }
-            self._spawn(_Running(name, "splitsec.process", json.dumps(assignment)), threads)
+            module = "splitsec.process"
+            if (stand_in := self._stand_ins.get(name)) is not None:
+                module, assignment = stand_in.module, {**assignment, **stand_in.more}
+            self._spawn(_Running(name, module, json.dumps(assignment)), threads)
 
     def _spawn(self, party: _Running, threads: int = 1) -> None:
         """Start the process of ``party``.  Its assignment, with the keys, goes to its standard input alone."""
         party.log = Path(self._scratch.name) / f"{party.name}.log"
         with party.log.open("ab") as errors:
             party.process = subprocess.Popen(
-                [sys.executable, "-m", party.module, party.name],  # the name is for who looks at a list of processes
+                [self._python, "-m", party.module, party.name],  # the name is for who looks at a list of processes
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -415,6 +442,36 @@ class _Processes:
                 self.watch(party.name, event)
             if any(party.failure for party in self._running.values()):
                 self._fail()
+
+    def outlast(self, seconds: float, *, quiet: float | None = None) -> bool:
+        """Read events until every party is done or has failed, and raise for none of them (``failures``).
+
+        False where that took longer than ``seconds``, or where nobody said anything for ``quiet`` seconds.
+        """
+        deadline = time.monotonic() + seconds
+        heard = time.monotonic()
+        told_to_go = False
+        while not all(party.done or party.failure for party in self._training):
+            if not told_to_go and all(party.ready or party.failure for party in self._running.values()):
+                told_to_go = True
+                for party in self._training:
+                    self._say(party, "go")
+            now = time.monotonic()
+            if now > deadline or (quiet is not None and now > heard + quiet):
+                return False
+            for party, event in self._events(0.2):
+                heard = time.monotonic()
+                self.watch(party.name, event)
+        return True
+
+    @property
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """How parties failed, by party: its last event, with ``code`` and ``text``."""
+        return {party.name: party.failure for party in self._running.values() if party.failure is not None}
+
+    def log_of(self, party: str, lines: int = 15) -> str:
+        """The last lines that the process of ``party`` wrote."""
+        return _tail(self._running[party].log, lines)
 
     def _events(self, timeout: float) -> list[tuple[_Running, dict[str, Any]]]:
         found: list[tuple[_Running, dict[str, Any]]] = []
@@ -543,7 +600,7 @@ def _tail(log: Path, lines: int = 15) -> str:
 # --- sums over what the parties reported
 
 
-def _summed(processes: _Processes, began: float, out: str | Path | None) -> Result:
+def _summed(processes: Processes, began: float, out: str | Path | None) -> Result:
     graph = processes.graph
     predicted: dict[str, int] = {}
     counts: list[dict[str, int]] = []

@@ -196,10 +196,19 @@ LONG: Final = (
 """The files that take longest, the longest first: begun before all others, so that two workers end together."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threat", metavar="T1,T2", help="only the tests that show these rows of docs/threat-model.md")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     places = {here / file: place for place, file in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
+    if config.option.threat:
+        rows = set(config.option.threat.split(","))
+        shown = {item for item in items if any(rows & {*mark.args} for mark in item.iter_markers("threat"))}
+        config.hook.pytest_deselected(items=[item for item in items if item not in shown])
+        items[:] = [item for item in items if item in shown]
 
 
 # --- processes

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from splitsec.partyfile import load_folder
-from splitsec.simulation import Watch, _Processes, _Running
+from splitsec.simulation import Processes, Watch, _Running
 from splitsec.transports import base, iothread, session, sockets, wire
 from splitsec.transports.circuit import Leg, Relay
 from splitsec.transports.limits import SMALL_CELL
@@ -190,7 +190,7 @@ class Run:
     seconds: float
 
 
-class _Recorded(_Processes):
+class _Recorded(Processes):
     """A simulation in which some processes take notes."""
 
     recorded: tuple[str, ...] = ()

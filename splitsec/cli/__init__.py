@@ -24,6 +24,7 @@ private):
 
   splitsec check FOLDER        is it right?  and a picture of it
   splitsec simulate FOLDER     train it here, one process for each party
+  splitsec attack FOLDER ...   what would attackers get from it?
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
@@ -38,7 +39,7 @@ private):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from splitsec import __version__
-    from splitsec.cli import bench, check, join, journal, keys, ledger, listen, predict, relay, simulate
+    from splitsec.cli import attack, bench, check, join, journal, keys, ledger, listen, predict, relay, simulate
 
     parser = argparse.ArgumentParser(
         prog="splitsec", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     runs: dict[str, Callable[[argparse.Namespace], int]] = {}
-    for module in (check, keys, simulate, predict, join, relay, ledger, journal, listen, bench):
+    for module in (check, keys, simulate, attack, predict, join, relay, ledger, journal, listen, bench):
         module.add_parser(commands)
         runs[module.__name__.rsplit(".", 1)[1]] = module.run
     arguments = parser.parse_args(argv)

@@ -31,6 +31,7 @@ ratios, not milliseconds: machines differ and are shared.
 
   splitsec bench privacy       what noise, ledger and journal cost a step
   splitsec bench epsilon       accuracy against epsilon; `bench nopeek`: against a decoder's error
+  splitsec bench detectors     false alarms in honest trainings, and attacks seen, at every threshold
   splitsec bench strangers     a training with two thousand strangers at the port
   splitsec bench linking       what a server that records everything guesses of who speaks, and what a relay does
 
@@ -76,6 +77,7 @@ MORE = {
     "privacy": "what noise, ledger and journal cost a step",
     "epsilon": "accuracy against epsilon for a Gaussian cut, on real images",
     "nopeek": "what NoPeek does to a decoder that inverts activations, and to accuracy",
+    "detectors": "how often detectors stop an honest training, and how soon they see an attack",
     "linking": "what the far end of an anonymous group, and a relay, can tell",
     "strangers": "a training with two thousand strangers at the port",
 }

@@ -92,6 +92,16 @@ def _line(entry: Entry) -> str:
         if values.get("lost_entries"):
             notes.append(f"{values['lost_entries']} entries before it were lost, or removed")
         return f"{when}  run of {values.get('party')} began: {', '.join(notes)}"
+    if entry.kind == "alarm":
+        evidence = values.get("evidence")
+        numbers = [
+            f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
+            for name, value in (evidence.items() if isinstance(evidence, dict) else ())
+        ]
+        return (
+            f"{when}  ALARM {values.get('detector')}: {values.get('cut')} from {values.get('peer')}, "
+            f"training step {values.get('batch')}: {', '.join(numbers)}"
+        )
     place = "" if values.get("step") is None else f"step {values['step']}"
     if values.get("micro_batch") is not None:
         place += f"/{values['micro_batch']}"

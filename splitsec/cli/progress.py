@@ -88,6 +88,15 @@ class Followed:
                     print(f"{party}: {event['text']}", file=sys.stderr)
                 else:
                     self._line(f"{party}: {event['text']}")
+            case "alarm":
+                text = (
+                    f"{party}: ALARM in training step {event['batch']} ({event['detector']}): {event['text']}; "
+                    "nothing more leaves"
+                )
+                if self.console.quiet:
+                    print(text, file=sys.stderr)
+                else:
+                    self._line(text)
             case "budget spent":
                 self._line(
                     f"{party}: the run ends after epoch {event['epochs']} of {event['of']}: a privacy budget is spent"

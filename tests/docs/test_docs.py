@@ -2,15 +2,14 @@
 
 Here: the worked example of docs/protocol.md against splitsec's machines and against a second implementation, written
 from that page alone, and the order of turns; the graph of docs/circuits.md; the snippets of docs/api.md; docs/errors.md
-against the error tree, both ways; every test, file,
-command and link that a page names; the limits that docs/protocol.md lists.  Not here: docs/graph-file.md
+against the error tree, both ways; every test, file, command and link that a page names; the limits that
+docs/protocol.md lists.  Not here: docs/threat-model.md (tests/docs/test_threat_model.py), and docs/graph-file.md
 (tests/splitsec/test_reference.py), which is generated.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import functools
 import hashlib
 import hmac
@@ -20,7 +19,6 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -32,20 +30,17 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from splitsec import errors, simulation, turns
+from splitsec import errors, turns
 from splitsec.contract import canonical_bytes, digest
 from splitsec.graph import Graph, parse_graph
-from splitsec.guard import SMALL_HEADER, Guard
-from splitsec.identity import parse_public
+from splitsec.guard import SMALL_HEADER
 from splitsec.messages import Message, encode
 from splitsec.plan import Lane, make_plan
 from splitsec.relay import neighbours_of
-from splitsec.simulation import simulate
 from splitsec.transports import limits
 from splitsec.transports.channel import Channel, Outgoing
 from splitsec.transports.handshake import MAX_FRAME, Initiator, Responder
 from splitsec.transports.hybrid import combine
-from splitsec.transports.iothread import Received
 from splitsec.transports.session import Session
 from splitsec.transports.wire import CloseCode
 from tests.conftest import free_port
@@ -207,6 +202,7 @@ def unsealed(key: bytes, first: int, frame: bytes) -> tuple[bytes, bytes, int]:
     return header, cipher.decrypt(struct.pack(">4xQ", first + 1), frame[49:], b""), first + 2
 
 
+@pytest.mark.threat("T7")
 def test_the_example_follows_from_the_page_alone(example: dict[str, bytes]) -> None:
     other = SecondImplementation(A_STATIC, A_EPHEMERAL, public(B_STATIC), example["digest"])
     assert other.hello() == example["hello"]
@@ -460,120 +456,6 @@ def test_the_pilot_of_the_quickstart_runs_as_shown(tmp_path: Path) -> None:
     ]
 
 
-# --- docs/threat-model.md: what the door promises
-
-
-class Recorder:
-    """A channel that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[bytes, int]] = []
-
-    def send(self, peer: bytes, lane: int, header: bytes, body: Any = (), *, wait: bool = True) -> None:
-        self.sent.append((peer, lane))
-
-    def receive(self, timeout: float | None = None) -> None:
-        return None
-
-    def open_peer(self, peer: bytes) -> None: ...
-    def leave_peer(self, peer: bytes) -> None: ...
-    def close_peer(self, peer: bytes, reason: int, why: str) -> None: ...
-    def close(self, reason: int = 0, linger: float = 0) -> None: ...
-
-
-def door(graph: Graph, party: str) -> tuple[Guard, Recorder]:
-    channel = Recorder()
-    keys = {name: parse_public(one.key or "") for name, one in graph.parties.items() if name != party}
-    return Guard(make_plan(graph, party), keys, channel, connect_timeout=1.0), channel
-
-
-GOOD: Final = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-BAD: Final = {
-    "another shape": {"": torch.ones(2, 3)},
-    "another dtype": {"": torch.ones(2, 2, dtype=torch.float64)},
-    "more samples than a micro-batch has": {"": torch.ones(3, 2)},
-    "NaN": {"": torch.tensor([[1.0, float("nan")]])},
-    "infinity": {"": torch.tensor([[1.0, float("inf")]])},
-    "two tensors": {"": GOOD, "more": GOOD},
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_the_door_lets_nothing_out_that_the_graph_does_not_declare(graph: Graph, name: str) -> None:
-    guard, channel = door(graph, "clinic-a")
-    with pytest.raises(errors.EgressRefused):
-        guard.release(("server", 16), Message("activation", (0, 0), tensors=BAD[name]))
-    assert channel.sent == []
-    guard.release(("server", 16), Message("activation", (0, 0), tensors={"": GOOD}))
-    assert channel.sent == [(parse_public(graph.parties["server"].key or ""), 16)]
-
-
-def test_the_door_lets_nothing_out_twice_nor_where_there_is_no_edge(graph: Graph) -> None:
-    guard, channel = door(graph, "clinic-a")
-    message = Message("activation", (0, 0), tensors={"": GOOD})
-    guard.release(("server", 16), message)
-    for lane in (("server", 16), ("server", 17), ("server", 4711), ("registry", 16)):
-        with pytest.raises(errors.EgressRefused):
-            guard.release(lane, message)
-    with pytest.raises(errors.EgressRefused):
-        guard.release(("server", 16), Message("weights", (1, 0), tensors={"": GOOD}))
-    assert len(channel.sent) == 1
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_the_door_lets_no_gradient_in_that_the_graph_does_not_declare(graph: Graph, name: str) -> None:
-    guard, _ = door(graph, "clinic-a")
-    server = parse_public(graph.parties["server"].key or "")
-
-    def arrived(key: tuple[int, int], tensors: dict[str, torch.Tensor]) -> Received:
-        header, body = encode(Message("gradient", key, tensors=tensors))
-        return Received(server, 17, header, memoryview(bytearray(b"".join(body))))
-
-    guard.admit(arrived((0, 0), {"": GOOD}))
-    for key, tensors in (((0, 1), BAD[name]), ((0, 0), {"": GOOD})):
-        with pytest.raises(errors.PeerMisbehaved):
-            guard.admit(arrived(key, tensors))
-    assert torch.equal(guard.take(("server", 17)).tensors[""], GOOD)
-    assert guard.peek(("server", 17)) is None
-
-
-def test_throw_away_keys_are_nowhere_to_be_seen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither command lines, environments nor files of a simulation hold a private key, in any of three spellings."""
-    made: list[bytes] = []
-
-    class Watched:
-        @staticmethod
-        def generate() -> X25519PrivateKey:
-            key = X25519PrivateKey.generate()
-            made.append(key.private_bytes_raw())
-            return key
-
-    monkeypatch.setattr(simulation, "X25519PrivateKey", Watched)
-    monkeypatch.setenv("PYTHONPATH", str(TREE))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    found: list[str] = []
-    looked: set[str] = set()
-
-    def look(party: str, event: dict[str, Any]) -> None:
-        if event["event"] != "connected":
-            return
-        looked.add(party)
-        places = [Path("/proc") / pid / name for pid in children() for name in ("cmdline", "environ")]
-        for place in (*places, *(file for file in tmp_path.rglob("*") if file.is_file())):
-            text = place.read_bytes()
-            for key in made:
-                if key in text or key.hex().encode() in text or base64.b64encode(key) in text:
-                    found.append(str(place))
-
-    simulate(folder, epochs=1, watch=look)
-    assert looked == {"clinic-a", "clinic-b", "server"} and len(made) == 3
-    assert found == []
-
-
-def children() -> list[str]:
-    return (Path("/proc/self/task") / str(os.getpid()) / "children").read_text().split()
-
-
 # --- what pages name
 
 
@@ -609,17 +491,6 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
         if not (TREE / file).is_file() or name not in defined(TREE / file)
     ]
     assert missing == []
-
-
-def test_every_claim_of_the_threat_model_names_a_test_or_says_that_nothing_stops_it() -> None:
-    rows = [row for row in text_of("threat-model.md").splitlines() if re.match(r"\| T\d", row)]
-    assert len(rows) > 30
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == 4, row
-        assert "`" in cells[3] or cells[2].startswith("**Nothing") or cells[2].startswith("Not by"), row
-    numbers = [row.split("|")[1].strip() for row in rows]
-    assert len(set(numbers)) == len(numbers)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

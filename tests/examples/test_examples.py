@@ -101,6 +101,7 @@ def test_one_epoch_equals_one_process_to_the_last_bit(name: str, one_epoch: OneE
     assert all(len(document["metrics"][kind]) == 1 for kind in ("train_loss", "eval_loss", "eval_accuracy"))
 
 
+@pytest.mark.threat("T39")
 def test_the_u_shape_sends_no_labels_and_keeps_its_skip_inside(one_epoch: OneEpoch) -> None:
     document, _ = one_epoch("u-shaped")
     crossed = {(cut["from"], cut["to"], cut["kind"]) for cut in document["cuts"]}

@@ -28,6 +28,7 @@ INPUTS: Final = {
 }
 
 
+@pytest.mark.threat("T25")
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_chance_makes_of_the_seeds(name: str) -> None:
     function, seeds = load(name)

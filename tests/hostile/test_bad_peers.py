@@ -339,6 +339,7 @@ MISDEEDS: Final[dict[Callable[[Scene], None], str]] = {
 """What the offender does, and what the operator reads."""
 
 
+@pytest.mark.threat("T28")
 @pytest.mark.parametrize("misdeed", MISDEEDS, ids=lambda misdeed: misdeed.__name__)
 def test_it_closes_its_own_channel_and_no_other(
     misdeed: Callable[[Scene], None], scene: Scene, caplog: pytest.LogCaptureFixture
@@ -524,6 +525,7 @@ def test_who_builds_more_circuits_than_the_contract_has_is_told_that_we_are_busy
 # --- while the victim computes, and takes nothing
 
 
+@pytest.mark.threat("T30")
 def test_a_flood_of_empty_messages_is_bounded_like_any_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

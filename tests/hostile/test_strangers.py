@@ -125,6 +125,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert 0 < len(caplog.get_records("call")) <= LOGS_BURST + LOGS_PER_SECOND * (time.monotonic() - began)
 
 
+@pytest.mark.threat("T22")
 def test_rubbish_costs_no_cryptography_and_tells_nobody_anything(
     victim: Victim, overheard: bytes, monkeypatch: pytest.MonkeyPatch, lines: None
 ) -> None:
@@ -139,6 +140,7 @@ def test_rubbish_costs_no_cryptography_and_tells_nobody_anything(
         assert tally["heard"] <= MET * 10 or tally["heard"] < tally["sent"], kind
 
 
+@pytest.mark.threat("T23")
 @pytest.mark.parametrize(
     "begin",
     [
@@ -173,6 +175,7 @@ def test_who_only_asks_gets_few_answers(victim: Victim, overheard: bytes) -> Non
     assert tally["heard_most"] <= STRANGER_BYTES
 
 
+@pytest.mark.threat("T22")
 def test_a_guessed_hello_costs_one_opening_at_most_and_no_ml_kem(
     victim: Victim, overheard: bytes, monkeypatch: pytest.MonkeyPatch, lines: None
 ) -> None:
@@ -203,6 +206,7 @@ def test_replayed_hellos_are_bounded_in_number_and_in_flight(
     assert tallies["a replayed hello"]["heard_most"] == MET + 9 + 1137
 
 
+@pytest.mark.threat("T26")
 def test_who_comes_late_gets_in_past_a_crowd(victim: Victim, overheard: bytes, lines: None) -> None:
     """And one whose connection broke comes back.  The crowd is larger than what a listener holds."""
     with (
@@ -270,6 +274,7 @@ def test_a_listener_without_descriptors_for_all_goes_on(overheard: bytes) -> Non
             process.kill()
 
 
+@pytest.mark.threat("T26")
 def test_a_training_does_not_notice() -> None:
     """Two parties in processes of their own, over tcp: in peace, and with 300 strangers from before the client comes
     until the last weight is written.  The server may have 128 files and connections open.

@@ -50,6 +50,7 @@ def turns(hidden: Run) -> Iterator[list[Turn]]:
 # --- the far end
 
 
+@pytest.mark.threat("T102")
 def test_a_far_end_cannot_tell_who_speaks(turns: list[Turn], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(turns) == 16 * len(CLINICS)
     for epoch in range(16):
@@ -62,6 +63,7 @@ def test_a_far_end_cannot_tell_who_speaks(turns: list[Turn], capsys: pytest.Capt
     assert score.tries == 40
 
 
+@pytest.mark.threat("T102")
 def test_no_sort_of_feature_tells_who_speaks(turns: list[Turn]) -> None:
     for group in ("place", "key", "size", "time"):
         score = guess(group, turns, only=group)
@@ -85,6 +87,7 @@ def test_what_the_recorder_sees(hidden: Run, turns: list[Turn]) -> None:
     assert all(len(turn.features) > 400 for turn in turns)
 
 
+@pytest.mark.threat("T50", "T67", "T77", "T82", "T85")
 def test_data_and_a_first_relay_that_colludes_tell_still(hidden: Run, turns: list[Turn]) -> None:
     """Documented, and the classifier can learn something of this very run."""
     assert near(guess_with_first_relay(hidden, turns))[0] > 0.5
@@ -92,6 +95,7 @@ def test_data_and_a_first_relay_that_colludes_tell_still(hidden: Run, turns: lis
     assert near(data)[0] > 0.2, str(data)
 
 
+@pytest.mark.threat("T102")
 def test_a_group_that_is_not_anonymous_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     named = turns_seen([record(Setting(epochs=6, cover=0.01, batch=20, anonymous=False))])
     score = guess("not anonymous", named)

@@ -85,6 +85,7 @@ def exact_response(mechanism: RandomisedResponse, count: int, delta: float) -> A
 # --- Gaussians
 
 
+@pytest.mark.threat("T44")
 @settings(max_examples=100, deadline=None)
 @given(mu=st.floats(-3, math.log10(50)), delta=st.floats(-12, -0.05))
 def test_never_below_fifty_digits_and_hardly_above(mu: float, delta: float) -> None:

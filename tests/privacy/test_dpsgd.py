@@ -179,6 +179,7 @@ def test_each_samples_own_gradient_is_clipped_over_all_parameters(name: str, red
         assert torch.allclose(gradient, expected, rtol=2e-5, atol=2e-6), name
 
 
+@pytest.mark.threat("T35")
 def test_the_noise_has_the_scale_that_is_accounted_for() -> None:
     module = nn.Linear(100, 100)
     training = private(module, clip=0.5, noise=3.0, source=KeystreamSource())
@@ -265,6 +266,7 @@ def test_the_gradient_goes_on_to_the_input_as_ever() -> None:
 # --- sensitivity
 
 
+@pytest.mark.threat("T35")
 @pytest.mark.parametrize("noise", [0.7, 1.0, 30.0])
 def test_one_sample_moves_the_sum_by_at_most_2c_in_exact_arithmetic(
     noise: float, monkeypatch: pytest.MonkeyPatch

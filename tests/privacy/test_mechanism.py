@@ -67,6 +67,7 @@ def adversarial(dtype: torch.dtype, bound: float) -> Iterator[Tensor]:
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("T95")
 @DTYPES
 @NORMS
 @pytest.mark.parametrize("bound", [1.0, 0.3, 7e-5, 1e9])
@@ -346,6 +347,7 @@ def share_told_apart(release: Callable[[Tensor], Tensor], sigma: float, trials: 
     return right / trials
 
 
+@pytest.mark.threat("T95")
 @pytest.mark.parametrize("sigma", [1.0, 4.0, 20.0])
 def test_one_release_does_not_tell_which_of_two_it_was(sigma: float) -> None:
     trials = 2000
@@ -376,6 +378,7 @@ def test_labels_are_kept_as_often_as_they_should_and_others_are_alike(classes: i
     assert stats.chisquare(seen, expected).pvalue > 1e-4
 
 
+@pytest.mark.threat("T45")
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000, 2**20])
 @pytest.mark.parametrize("epsilon", [2.0**-20, 0.1, 1.0, 8.0, 30.0, 40.0])
 def test_no_label_speaks_louder_than_epsilon(classes: int, epsilon: float) -> None:

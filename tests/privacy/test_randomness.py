@@ -112,6 +112,7 @@ def test_a_forked_copy_takes_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert not theirs.equal(same.words(2))
 
 
+@pytest.mark.threat("T96")
 def test_two_sources_have_nothing_in_common_and_no_block_comes_twice() -> None:
     source = KeystreamSource()
     words = torch.cat([source.words(2**16), source.words(2**16), KeystreamSource().words(2**16)])
@@ -124,6 +125,7 @@ def test_words_use_all_64_bits_alike() -> None:
     assert stats.chi2(64).sf(float(((ones - 100_000) ** 2 / 50_000).sum())) > 1e-4
 
 
+@pytest.mark.threat("T96")
 def test_a_source_does_not_show_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "urandom", lambda count: b"K" * count)
     source = KeystreamSource()
@@ -141,6 +143,7 @@ def test_the_seeded_source_says_so_and_must_be_made_on_purpose() -> None:
         KeystreamSource(b"k" * 32)  # type: ignore[call-arg]  # nor can anybody choose the real one's key
 
 
+@pytest.mark.threat("T96")
 def test_no_file_that_is_installed_or_run_knows_the_seeded_source() -> None:
     named = [
         path.relative_to(REPOSITORY).as_posix()
@@ -229,6 +232,7 @@ def proposals_accepted(target: randomness._Target) -> float:
     return math.fsum(chances)
 
 
+@pytest.mark.threat("T95")
 @BOTH
 def test_every_integer_has_its_probability(target: randomness._Target) -> None:
     """The whole sampler as a sum, nothing drawn: stair plus remainder as rejection normalises it, against mpmath."""

@@ -119,6 +119,7 @@ def test_what_was_simulated_is_what_is_piloted(shell: Shell, tmp_path: Path, sim
     same_weights(out, expected)
 
 
+@pytest.mark.threat("T42")
 def test_a_graph_that_differs_by_one_character(shell: Shell, pair: Path) -> None:
     other = pair / "other.yaml"
     other.write_text(replaced((pair / "graph.yaml").read_text(), ("seed: 11", "seed: 12")))
@@ -135,6 +136,7 @@ def test_a_graph_that_differs_by_one_character(shell: Shell, pair: Path) -> None
     assert not (pair.parent / "out").exists()
 
 
+@pytest.mark.threat("T21")
 def test_a_party_with_another_key_at_that_address(shell: Shell, tmp_path: Path) -> None:
     """The same graph on both sides, but the registry listens where the server should be, and cannot say it is it."""
     graph = replaced(
@@ -160,6 +162,7 @@ def test_a_party_with_another_key_at_that_address(shell: Shell, tmp_path: Path) 
     registry.close()
 
 
+@pytest.mark.threat("T20")
 def test_a_key_that_the_graph_does_not_name(shell: Shell, pair: Path) -> None:
     """``join`` itself refuses to start with such a key (tests/transcripts), so here is who leaves that check out."""
     server = join(shell, pair, "server", "--out", pair.parent / "out")
@@ -200,6 +203,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.threat("T18")
 @pytest.mark.parametrize("party", ["clinic-b", "server"])
 def test_a_party_that_is_killed_while_it_takes_part(shell: Shell, tmp_path: Path, party: str) -> None:
     """The others say that the connection broke, try for as long as the graph says, then say who was lost, and keep

@@ -242,6 +242,7 @@ def test_killed_at_random_moments(shell: Shell, tmp_path: Path) -> None:
         kills.close()
 
 
+@pytest.mark.threat("T97")
 def test_killed_between_any_two_steps_of_a_release(shell: Shell, tmp_path: Path) -> None:
     """Before and after the budget is written, the journal is written, and the channel is given the tensor; in the
     middle of an entry; and where ledger and journal are made.
@@ -284,6 +285,7 @@ def join(shell: Shell, folder: Path, party: str) -> Command:
     return shell.start("join", "--graph", folder / "graph.yaml", "--party", party, OMP_NUM_THREADS="1")
 
 
+@pytest.mark.threat("T97")
 def test_nothing_leaves_once_the_budget_is_spent(shell: Shell, tmp_path: Path) -> None:
     """A budget of epsilon 3 lasts for two passes (2.94; a third would cost 3.71): the run ends for both, and the next
     one does not begin.
@@ -407,6 +409,7 @@ def test_ten_epochs_cost_the_same_for_any_batch_size(
         assert exact(math.sqrt(10) / 2) <= one["epsilon"] <= 1.005 * exact(math.sqrt(10) / 2)
 
 
+@pytest.mark.threat("T97")
 def test_two_cuts_that_carry_the_same_record_add_up(shell: Shell, tmp_path: Path, together: Together) -> None:
     """Composed as twenty releases are, and not twice the cost of ten."""
     folder = pair(tmp_path / "two", clinic(counts=(300, 20)), epochs=10, batch=64)
@@ -430,6 +433,7 @@ def test_two_cuts_that_carry_the_same_record_add_up(shell: Shell, tmp_path: Path
         assert 7.511 <= one["epsilon_alone"] <= 7.549
 
 
+@pytest.mark.threat("T97")
 def test_what_was_spent_carries_over_from_run_to_run(shell: Shell, tmp_path: Path, together: Together) -> None:
     """Five epochs, and five more over the same samples in another order, cost what ten do; a third time half of them
     are others, and each is counted by its own id.
@@ -458,6 +462,7 @@ def test_what_was_spent_carries_over_from_run_to_run(shell: Shell, tmp_path: Pat
 # --- the guard
 
 
+@pytest.mark.threat("T98")
 @pytest.mark.parametrize("privacy", [FLOOR, "raw: false"])
 def test_a_segment_that_only_passes_its_input_on_is_refused(tmp_path: Path, together: Together, privacy: str) -> None:
     file = clinic(args=", width: 64", stem='model: "models:identity"')
@@ -504,6 +509,7 @@ privacy:
 """
 
 
+@pytest.mark.threat("T100")
 @pytest.mark.parametrize("command", ["check", "simulate", "join"])
 def test_a_party_file_under_the_floor(shell: Shell, tmp_path: Path, command: str) -> None:
     """Every command that would use it refuses, and names file and line."""
@@ -570,6 +576,7 @@ def test_leakage_above_the_limit_of_a_party(tmp_path: Path, together: Together) 
     assert min(seen[0]) > 0.5 > 0.3 > max(seen[1])
 
 
+@pytest.mark.threat("T45")
 def test_labels_by_randomised_response(shell: Shell, tmp_path: Path, together: Together) -> None:
     """The server takes 1,280 labels that were all 0; so many are another class as epsilon 1 of four classes says."""
     folder = pair(tmp_path / "labels", clinic(counts=(300, 20), privacy=", label_epsilon: 5.0"), epochs=4, batch=64)
@@ -621,6 +628,7 @@ def still(tmp_path: Path, together: Together) -> tuple[Run, Path]:
     return in_threads(folder, together), folder
 
 
+@pytest.mark.threat("T60")
 def test_the_journal_says_what_left_to_the_last_byte(still: tuple[Run, Path]) -> None:
     run, folder = still
     for party in ("clinic", "server"):
@@ -642,6 +650,7 @@ def test_the_journal_says_what_left_to_the_last_byte(still: tuple[Run, Path]) ->
     assert {one["privacy"] for one in activations} == {"clip 1, gaussian 2"}
 
 
+@pytest.mark.threat("T44")
 def test_noise_is_on_what_leaves(still: tuple[Run, Path]) -> None:
     """The same inputs leave as other numbers each time; the differences have the standard deviation of two noises."""
     sent = [message.tensors[""] for message in still[0].messages("clinic", "activation")]

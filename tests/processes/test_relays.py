@@ -161,6 +161,7 @@ def refused(shell: Shell, folder: Path, *options: str | Path) -> str:
     return end.stderr
 
 
+@pytest.mark.threat("T74")
 def test_a_key_that_is_no_relays(shell: Shell, keys: Path) -> None:
     """Nobody's, another's than --as says, that of a party which trains, none at all, or one that is not there."""
     parties = keys / "parties"
@@ -284,6 +285,7 @@ def test_the_relays_of_a_simulation(shell: Shell, routed: Path) -> None:
     assert list(shell.scratch.iterdir()) == []
 
 
+@pytest.mark.threat("T49")
 @pytest.mark.parametrize("name", ["relay-1", "relay-2"])
 def test_a_relay_that_is_killed_in_a_simulation(
     shell: Shell, routed: Path, undisturbed: Path, tmp_path: Path, name: str
@@ -391,6 +393,7 @@ def test_a_pilot_through_relays_that_go_on_for_the_next_run(
     stop(relays)
 
 
+@pytest.mark.threat("T49")
 def test_another_route_when_a_relay_is_killed(shell: Shell, routed: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Nobody starts it again: the circuits are built anew over the next route, whose relay was not there before."""
     change(

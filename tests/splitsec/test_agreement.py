@@ -63,6 +63,7 @@ def test_an_order_is_followed() -> None:
     assert follow("c", "a", "b")["train"].tolist() == [2, 0, 1]
 
 
+@pytest.mark.threat("T99")
 def test_an_order_that_names_a_sample_twice_is_refused() -> None:
     """Or one sample would be released as often as the leader likes, in one epoch."""
     with pytest.raises(PeerMisbehaved, match="named a sample twice"):
@@ -230,6 +231,7 @@ def talk(net: Net, name: str, *, first: str, last: str) -> tuple[list[dict[str, 
     return counts, drawn
 
 
+@pytest.mark.threat("T78", "T89")
 @pytest.mark.parametrize("text", [HIDDEN, LINKED, BEHIND], ids=["two far ends", "linked far ends", "one behind"])
 @pytest.mark.parametrize(("first", "last"), [("clinic-b", "clinic-c"), ("clinic-a", "clinic-a")])
 def test_a_group_agrees_among_its_members_and_speaks_with_one_voice(text: str, first: str, last: str) -> None:
@@ -265,6 +267,7 @@ def test_a_group_that_begins_another_turn_than_is_due() -> None:
         gossip.hear_the_group(8)
 
 
+@pytest.mark.threat("T79")
 def test_a_group_uses_what_all_of_its_members_have() -> None:
     assert in_common(list(HELD.values())) == USED
     assert in_common(

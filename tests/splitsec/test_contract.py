@@ -45,7 +45,7 @@ routes:
   - {from: clinics, to: server, via: [relay-1, relay-2]}
   - {cut: [side, trunk], via: [relay-2, relay-1]}
 circuits: {padding: fixed, cover: 0.5}
-training: {epochs: 5, batch_size: 64, micro_batches: 4, seed: 7, drop_last: true}
+training: {epochs: 5, batch_size: 64, micro_batches: 4, seed: 7, drop_last: true, decoys: 50}
 timeouts: {connect: 60, lost: 20, gone: 90}
 post_quantum: true
 """
@@ -96,7 +96,7 @@ def test_the_bytes_are_those_that_the_documentation_spells() -> None:
         '["a",{"address":null,"key":null,"listen":"ipc:///run/é"}]],'
         '"post_quantum":true,"privacy":{"when_spent":"end"},"routes":[],"segments":[],"splitsec":1,'
         '"timeouts":{"connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
-        '"training":{"batch_size":64,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
+        '"training":{"batch_size":64,"decoys":100,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
     )
     assert digest(graph) == sha256(canonical_bytes(graph)).digest()
 

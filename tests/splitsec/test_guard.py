@@ -454,6 +454,7 @@ def test_nobody_waits_for_those_on_call_nor_for_a_crowd() -> None:
     guard.open_all(["registry", "clinic"])
 
 
+@pytest.mark.threat("T79")
 def test_a_channel_for_each_turn() -> None:
     guard, thread = called()
     lane = to_server("activation")
@@ -512,6 +513,7 @@ def test_one_on_call_that_does_not_come_or_does_not_stay() -> None:
         guard.part(guard.on_call)
 
 
+@pytest.mark.threat("T79")
 def test_how_a_tensor_lies_in_memory_does_not_tell_whose_it_is() -> None:
     """Numbers are the same; headers and lengths, too, however the module made them."""
     plain = torch.arange(24.0).view(3, 4, 2)
@@ -542,6 +544,7 @@ def test_how_a_tensor_lies_in_memory_does_not_tell_whose_it_is() -> None:
     assert len(sent) == 1, "what is repeated, or of one row, too"
 
 
+@pytest.mark.threat("T79")
 @pytest.mark.parametrize("code", [CloseCode.STOPPED, CloseCode.MISBEHAVED, CloseCode.LOST])
 def test_those_on_call_hear_of_one_reason_only_why_a_member_leaves(code: CloseCode) -> None:
     guard, thread = called()

@@ -101,6 +101,7 @@ def test_a_new_file_has_mode_0600_whatever_the_umask(tmp_path: Path, umask: int)
     assert stat.S_IMODE((tmp_path / "a.key").stat().st_mode) == 0o600
 
 
+@pytest.mark.threat("T51")
 def test_the_file_is_never_open_to_others_not_even_for_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.threat("T51")
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o644, 0o700 | 0o001])
 def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
     file = tmp_path / "a.key"
@@ -178,6 +180,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 # Passphrases
 
 
+@pytest.mark.threat("T52")
 def test_a_passphrase_opens_what_it_closed(tmp_path: Path, fast: None) -> None:
     file = tmp_path / "a.key"
     public = identity.new_key(file, "correct horse")
@@ -190,6 +193,7 @@ def test_a_passphrase_opens_what_it_closed(tmp_path: Path, fast: None) -> None:
     assert "none was given" in refused(file).seen
 
 
+@pytest.mark.threat("T52")
 def test_the_default_cost_is_what_the_documentation_says(tmp_path: Path) -> None:
     file = tmp_path / "a.key"
     identity.new_key(file, "p")
@@ -242,6 +246,7 @@ def test_costs_out_of_bounds_are_refused_before_anything_is_computed(
     assert error.line == 3
 
 
+@pytest.mark.threat("T53")
 def test_nothing_in_a_protected_file_can_be_changed_unseen(tmp_path: Path, fast: None) -> None:
     file = tmp_path / "a.key"
     identity.new_key(file, "p")
@@ -308,6 +313,7 @@ def test_any_bytes_are_refused_with_a_key_file_error(tmp_path: Path, raw: bytes)
     refused(file)
 
 
+@pytest.mark.threat("T54")
 def test_no_error_shows_the_private_key(tmp_path: Path, fast: None) -> None:
     file = tmp_path / "a.key"
     identity.new_key(file)

@@ -437,6 +437,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.threat("T84", "T86")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_told_with_its_line_and_the_way_out(name: str) -> None:
     text, pairs, line, seen, expected, fix = MISTAKES[name]
@@ -556,6 +557,7 @@ exchanges:
     assert make_plan(graph, "clinic-a", exchanges=True).peers == ("clinic-b",)
 
 
+@pytest.mark.threat("T78")
 def test_outside_an_anonymous_group_a_plan_knows_no_member() -> None:
     graph = parse_graph(HIDDEN)
     plan = make_plan(graph, "server")

@@ -811,6 +811,7 @@ def samples(x: torch.Tensor, y: torch.Tensor | None = None, ids: Sequence[str] |
     return Samples(fields, None if ids is None else tuple(ids), len(x))
 
 
+@pytest.mark.threat("T62")
 def test_a_sample_with_an_id_is_known_by_it_alone() -> None:
     x = torch.randn(3, 2)
     keys = sample_keys(samples(x, ids=["p", "q", "r"]))
@@ -819,6 +820,7 @@ def test_a_sample_with_an_id_is_known_by_it_alone() -> None:
     assert sample_keys(samples(x))[0] not in keys
 
 
+@pytest.mark.threat("T62")
 def test_a_sample_without_an_id_is_known_by_its_input_in_any_order() -> None:
     x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 1, 0, 1])

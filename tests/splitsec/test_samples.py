@@ -192,6 +192,7 @@ def test_rows_are_found_in_the_leaders_order(both: tuple[list[str], list[str]], 
     assert [ids[row] for row in rows] == leader
 
 
+@pytest.mark.threat("T37")
 @settings(max_examples=60, deadline=None)
 @given(ids=IDS, here=st.sets(st.integers(0, 19)), there=st.sets(st.integers(0, 19)))
 def test_what_one_of_them_lacks_is_found_on_both_sides(ids: list[str], here: set[int], there: set[int]) -> None:

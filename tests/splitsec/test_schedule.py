@@ -8,8 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,16 +21,20 @@ from splitsec.graph import Graph, parse_graph
 from splitsec.samples import micro_batch_rows
 from splitsec.schedule import (
     EVALUATE,
+    FIRST_REDO,
     PREDICT,
     TRAIN,
     HandOn,
     Step,
     Turn,
     last_turn,
+    may_redo,
     prediction_schedule,
     run_schedule,
     steps_of,
 )
+from tests.conftest import replaced
+from tests.topologies.test_anonymous import GRAPH as HIDDEN
 
 SAMPLES_OF = {TRAIN: "train", EVALUATE: "test", PREDICT: "predict"}
 
@@ -263,6 +268,81 @@ def test_micro_batches_are_cut_as_torch_cuts_them_without_the_empty_ones(rows: i
 
 def as_torch_splits(rows: int, pieces: int) -> list[int]:
     return [len(piece) for piece in torch.arange(rows).tensor_split(pieces) if len(piece)]
+
+
+# --- what may be redone
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=st.integers(0, 4), epochs=st.integers(1, 12), train=st.integers(1, 90), micro_batches=st.integers(1, 3))
+def test_steps_that_may_be_redone_are_training_steps_after_the_first_of_a_stream_and_never_the_last_of_a_turn(
+    members: int, epochs: int, train: int, micro_batches: int
+) -> None:
+    graph = graph_of(members, "round_robin", batch_size=8, micro_batches=micro_batches)
+    counts = counts_of(*(train + 8 * k for k in range(graph.streams)))
+    trained = [0] * graph.streams
+    for turn, steps in by_turn(graph, counts, epochs):
+        for place, step in enumerate(steps):
+            (stream,) = turn.streams
+            early = trained[stream] < FIRST_REDO
+            assert step.redo == (turn.phase == TRAIN and not early and place + 1 < len(steps))
+            trained[stream] += turn.phase == TRAIN
+    assert FIRST_REDO == 20, "docs/protocol.md says so"
+
+
+def by_turn(graph: Graph, counts: Sequence[dict[str, int]], epochs: int) -> Iterator[tuple[Turn, list[Step]]]:
+    number = 0
+    for turn in turns(graph, epochs):
+        steps = list(steps_of(graph, turn, counts, number))
+        number += len(steps)
+        yield turn, steps
+
+
+SUMS = [
+    {"name": name, "from": name, "to": "server", "shape": [1], "dtype": "float32"} for name in ("clinic-0", "clinic-1")
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "may"),
+    [
+        ({}, True),
+        ({"training": {"decoys": 1}}, True),
+        ({"training": {"decoys": 0}}, False),
+        ({"groups": {"clinics": {"members": ["clinic-0", "clinic-1"], "schedule": "parallel"}}}, False),
+        ({"labels": [{"from": "server", "to": "trunk"}]}, False),
+        ({"labels": [{"from": "clinics", "to": "trunk", "privacy": {"epsilon": 1.0, "classes": 3}}]}, False),
+        ({"cut": {"privacy": {"forward": {"clip": 1.0}}}}, False),
+        ({"cut": {"privacy": {"backward": {"clip": 1.0}}}}, False),
+        ({"cut": {"dtype": "int64"}}, False),
+        ({"segments": {"trunk": {"at": "clinics", "loss": "cross_entropy"}}, "exchanges": SUMS}, False),
+        ({"segments": {"trunk": {"at": "server", "loss": "cross_entropy", "data": "x"}}}, False),
+    ],
+    ids=lambda value: None if isinstance(value, bool) else json.dumps(value)[:40],
+)
+def test_where_steps_may_be_redone(change: dict[str, Any], may: bool) -> None:
+    """One party with all samples and labels, gradients from others, nobody else in the step, and no floors."""
+    values = json.loads(graph_of(2, "round_robin").model_dump_json(by_alias=True))
+    values["cuts"][0] |= change.pop("cut", {})
+    for key in ("segments", "training"):
+        values[key] |= change.pop(key, {})
+    graph = parse_graph(json.dumps(values | change))
+    assert [may_redo(graph, stream) for stream in (0, 1)] == [may, may]
+    many = counts_of(400, 400, test=400, predict=400)
+    for turn, steps in by_turn(graph, many, 1):
+        assert any(step.redo for step in steps) == (may and turn.phase == TRAIN)
+    for entry in prediction_schedule(graph):
+        assert not any(step.redo for step in steps_of(graph, entry, many, 0))
+
+
+def test_a_hidden_group_redoes_nothing() -> None:
+    """Who tries how often, and when, would tell its members apart."""
+    assert not any(may_redo(parse_graph(HIDDEN), stream) for stream in range(3))
+    assert may_redo(parse_graph(replaced(HIDDEN, (", anonymous: true", ""), ("pseudonym: turn", "pseudonym: turn"))), 0)
+
+
+def test_a_parallel_group_of_one_may_redo() -> None:
+    assert may_redo(graph_of(1, "parallel"), 0) and not may_redo(graph_of(2, "parallel"), 0)
 
 
 # --- alike at every party

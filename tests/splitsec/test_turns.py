@@ -39,12 +39,14 @@ def test_chance_knows_what_is_fair_and_what_is_not() -> None:
     assert chance([1058, 942], 1) == pytest.approx(0.0095, rel=0.1)  # from a table: 6.73 with one degree of freedom
 
 
+@pytest.mark.threat("T80")
 def test_every_order_of_four_members_is_as_likely() -> None:
     found = Counter(order(KEY, RUN, epoch, 4) for epoch in range(EPOCHS))
     assert set(found) == set(itertools.permutations(range(4)))
     assert chance(list(found.values()), 23) > UNLIKELY
 
 
+@pytest.mark.threat("T80")
 def test_from_one_epoch_nothing_follows_for_the_next() -> None:
     pairs = Counter(
         (order(KEY, RUN, epoch, 3)[0], order(KEY, RUN, epoch + 1, 3)[0], order(KEY, RUN, epoch + 1, 3)[1])
@@ -66,6 +68,7 @@ def test_all_members_have_one_turn_each(members: int) -> None:
     assert sorted(order(KEY, RUN, 0, members)) == list(range(members))
 
 
+@pytest.mark.threat("T80", "T89")
 def test_each_thing_it_is_drawn_for_gives_another_order() -> None:
     drawn = [
         order(KEY, RUN, 0, 50),

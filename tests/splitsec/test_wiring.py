@@ -84,6 +84,7 @@ def keys(*names: str) -> tuple[bytes, ...]:
     return tuple(PUBLIC[name] for name in names)
 
 
+@pytest.mark.threat("T74")
 def test_a_relay_has_links_for_cells_alone() -> None:
     assert wired(graph_of(), "relay-1", relay=True) == {
         **{f"clinic-{one}": Peer(PUBLIC[f"clinic-{one}"], cells_only=True) for one in "abc"},
@@ -95,6 +96,7 @@ def test_a_relay_has_links_for_cells_alone() -> None:
     assert last["store"] == Peer(PUBLIC["store"], cells_only=True)
 
 
+@pytest.mark.threat("T31")
 def test_circuits_go_on_as_the_routes_lead_and_nowhere_else() -> None:
     graph = graph_of()
     names = {key: name for name, key in PUBLIC.items()}
@@ -113,6 +115,7 @@ def test_circuits_go_on_as_the_routes_lead_and_nowhere_else() -> None:
     assert passages("server") == passages("clinic-a") == set()
 
 
+@pytest.mark.threat("T91")
 def test_a_member_calls_the_far_end_with_the_group_s_key() -> None:
     graph = graph_of()
     peers = wired(graph, "clinic-a")
@@ -141,6 +144,7 @@ def test_a_member_calls_the_far_end_with_the_group_s_key() -> None:
     assert not wired(graph, "clinic-b")["clinic-a"].initiator
 
 
+@pytest.mark.threat("T78")
 def test_the_far_end_sees_a_crowd_at_the_end_of_its_routes() -> None:
     graph = graph_of()
     peers = wired(graph, "server")

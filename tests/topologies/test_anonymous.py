@@ -321,6 +321,7 @@ def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(arou
     assert counts == [{"train": TRAINED, "test": TESTED, "predict": 0}] * 3
 
 
+@pytest.mark.threat("T78", "T79", "T81")
 @pytest.mark.parametrize("pseudonym", ["turn", "epoch"])
 def test_the_server_meets_the_group_and_nobody_of_it(pseudonym: str, tmp_path: Path) -> None:
     """Two epochs: turns change, every turn (or epoch) has channels of its own, and all streams look alike."""
@@ -396,6 +397,7 @@ def test_no_two_turns_have_their_samples_in_one_order(tmp_path: Path) -> None:
         assert set().union(*orders) == set(range(held)), "over the epochs all have their turn"
 
 
+@pytest.mark.threat("T87")
 def test_a_prediction_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "hidden", GRAPH)
     for party in ("clinic-a", "server"):
@@ -411,6 +413,7 @@ def test_a_member_without_the_key_of_its_group_or_with_another(tmp_path: Path) -
         made(folder, "clinic-b", group_key=b"h" * 32)
 
 
+@pytest.mark.threat("T86")
 def test_a_policy_of_ones_own_is_warned_of(tmp_path: Path) -> None:
     folder = write(tmp_path / "hidden", GRAPH)
     own = "privacy: {cuts: [{from: stem, to: trunk, forward: {clip: 1.0}}]}\n"

@@ -41,6 +41,7 @@ private):
 
   splitsec check FOLDER        is it right?  and a picture of it
   splitsec simulate FOLDER     train it here, one process for each party
+  splitsec attack FOLDER ...   what would attackers get from it?
   splitsec keys new NAME       make a party's key
   splitsec predict FOLDER ...  use what was trained
   splitsec join ...            be one party, over the network
@@ -50,7 +51,7 @@ private):
   splitsec listen FILE         read the trace of a party's traffic
 """
     )
-    for command in ("check", "keys", "simulate", "predict", "join", "relay", "ledger", "journal", "listen"):
+    for command in ("check", "keys", "simulate", "predict", "join", "relay", "ledger", "journal", "listen", "attack"):
         assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
         assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
 
@@ -255,6 +256,110 @@ $ splitsec listen small/graph.yaml --follow
 splitsec: small/graph.yaml:1: not a line of a trace: no JSON object
   expected: a file that `--trace` of `splitsec join` or `splitsec simulate` wrote
   to do: look whether it is the right file, and whether somebody has edited it
+[exit 2]
+"""
+    )
+
+
+def test_attack_help(shell: Shell) -> None:
+    """It teaches: what it does, commands to begin with, every option."""
+    end = shell.run("attack", "--help")
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout.split("\n\n", 1)[1].startswith(
+        """\
+Attack FOLDER's own graph, data and policies on this machine, and say what was got.  One party, the server as a rule,
+is run by an attacker that speaks the real protocol; the others are the ordinary processes, which are told nothing.  Do
+it before you join: it shows what your data would give away, and what stops it.
+
+  splitsec attack --list                                             what attacks there are
+  splitsec attack examples/vanilla --attack inversion
+  splitsec attack examples/vanilla --attack all --report report.html
+  splitsec attack examples/vanilla --attack hijacking --undefended   what it would get if nothing looked
+
+The exit code is 0 whatever was got: this measures.  docs/attacks.md says what each attack does, and what a good result
+does not mean.
+"""
+    )
+    for option in (
+        "attack",
+        "list",
+        "report",
+        "undefended",
+        "auxiliary",
+        "batches",
+        "attacker",
+        "seed",
+        "json",
+        "quiet",
+    ):
+        assert re.search(rf"^  --{option}\b", end.stdout, re.MULTILINE), option
+
+
+def test_the_list_of_attacks(shell: Shell) -> None:
+    end = shell.run("attack", "--list")
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout.startswith(
+        """\
+hijacking           Feature-space hijacking: trains the clients' segment into an encoder that the server can
+                    invert.
+                    By a server that returns gradients of its own choosing; source: Pasquini, Ateniese,
+                    Bernaschi 2021 (FSHA).
+hijacking-adaptive  """
+    )
+    assert max(map(len, end.stdout.splitlines())) <= 110
+
+
+def test_attacks_that_cannot_be_run(shell: Shell, folder: Path) -> None:
+    """A mistake is told before torch is loaded, with the nearest name."""
+    (folder.parent / "no-torch" / "torch").mkdir(parents=True)
+    (folder.parent / "no-torch" / "torch" / "__init__.py").write_text("raise ImportError('torch was loaded')")
+    shell.env["PYTHONPATH"] = f"{folder.parent}/no-torch:{shell.env['PYTHONPATH']}"
+    assert (
+        transcript(
+            shell,
+            "attack small --attack inverson",
+            "attack small",
+            "attack --attack inversion",
+            "attack nowhere --attack all",
+            "attack small --attack inversion --report nowhere/report.html",
+            "attack small --attack inversion --report small",
+            "attack small --attack inversion --attacker sever",
+        )
+        == """\
+$ splitsec attack small --attack inverson
+splitsec: there is no attack `inverson`
+  expected: an attack's name, or `all`
+  to do: did you mean `inversion`?  `splitsec attack --list` says what each is
+[exit 2]
+$ splitsec attack small
+splitsec: no attack named
+  expected: --attack NAME, or --attack all
+  to do: choose one: `splitsec attack --list` prints them
+[exit 2]
+$ splitsec attack --attack inversion
+splitsec: no folder named
+  expected: a folder with graph.yaml and parties/
+  to do: give it: splitsec attack FOLDER
+[exit 2]
+$ splitsec attack nowhere --attack all
+splitsec: nowhere/graph.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+$ splitsec attack small --attack inversion --report nowhere/report.html
+splitsec: nowhere/report.html: cannot be written: there is no folder nowhere
+  expected: a file in a folder that you may write to
+  to do: check --report
+[exit 2]
+$ splitsec attack small --attack inversion --report small
+splitsec: small: cannot be written: it is a folder
+  expected: a file in a folder that you may write to
+  to do: check --report
+[exit 2]
+$ splitsec attack small --attack inversion --attacker sever
+splitsec: there is no party `sever` in small/graph.yaml
+  expected: the party that shall attack
+  to do: did you mean `server`?
 [exit 2]
 """
     )

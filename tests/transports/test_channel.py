@@ -208,6 +208,7 @@ def chunk(**fields: int) -> ChunkHeader:
     return ChunkHeader(Kind.CHUNK, **{"lane": 1, **fields})
 
 
+@pytest.mark.threat("T28")
 @pytest.mark.parametrize(
     ("frames", "match"),
     [
@@ -365,6 +366,7 @@ def test_nobody_takes_messages_so_nobody_sends_more_than_the_window() -> None:
     assert len(messages(wire.events[1])) == 10
 
 
+@pytest.mark.threat("T30")
 def test_messages_of_no_bytes_fill_the_window_too() -> None:
     left, right, wire = opened(window=64 * MESSAGE_COST)
     for _ in range(1000):
@@ -389,6 +391,7 @@ def test_a_message_may_be_larger_than_the_window() -> None:
     assert messages(wire.events[1])[0].body == body
 
 
+@pytest.mark.threat("T30")
 def test_who_ignores_the_window_misbehaves() -> None:
     left, right, wire = opened(window=2 * (CHUNK_MAX + MESSAGE_COST))
     left.granted(1 << 60)

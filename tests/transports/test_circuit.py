@@ -142,6 +142,7 @@ def talk(onion: Onion) -> None:
     assert sum(map(len, onion.got)) == 80
 
 
+@pytest.mark.threat("T75")
 @pytest.mark.parametrize("hops", [1, 2, 4, 8])
 def test_fixed_cells_have_two_sizes_on_all_links(hops: int) -> None:
     onion = Onion(hops, cell=LARGE).build()
@@ -175,6 +176,7 @@ def talk_and_remember(onion: Onion, sent: list[list[bool]]) -> None:
     assert sum(map(len, sent)) == 80
 
 
+@pytest.mark.threat("T75")
 @pytest.mark.parametrize("hops", [1, 4])
 def test_padme_rounds_every_cell_alike_on_all_links(hops: int) -> None:
     onion = Onion(hops).build()
@@ -187,6 +189,7 @@ def test_padme_rounds_every_cell_alike_on_all_links(hops: int) -> None:
         assert [parcel.size for parcel in cells(link[FORWARD][skip:])] == wanted
 
 
+@pytest.mark.threat("T76")
 @pytest.mark.parametrize("hops", [1, 3])
 def test_under_cover_one_cell_goes_each_way_at_each_beat_and_all_are_alike(hops: int) -> None:
     onion = Onion(hops, cell=LARGE, cover=0.5).build()
@@ -235,6 +238,7 @@ def test_under_cover_a_circuit_is_built_beat_by_beat_however_long_cells_travel()
     assert onion.got[1] == [b"hello"]
 
 
+@pytest.mark.threat("T76")
 def test_who_was_held_up_sends_no_burst_that_tells_of_it() -> None:
     onion = Onion(2, cell=LARGE, cover=0.5).build()
     onion.tick(0.0)
@@ -247,6 +251,7 @@ def test_who_was_held_up_sends_no_burst_that_tells_of_it() -> None:
     assert onion.origin.deadline() == onion.now + 0.5
 
 
+@pytest.mark.threat("T66")
 def test_what_layers_do_not_need_of_a_cell_is_never_the_same() -> None:
     onion = Onion(3, cell=LARGE).build()
     onion.send(0, *[b"the same"] * 20)
@@ -266,6 +271,7 @@ def test_what_layers_do_not_need_of_a_cell_is_never_the_same() -> None:
 # Windows.
 
 
+@pytest.mark.threat("T71")
 def test_a_slow_hop_fills_nobodys_memory() -> None:
     window = CIRCUIT_CELLS * LARGE
     onion = Onion(4, cell=LARGE, largest=LARGE, window=window).build()
@@ -301,6 +307,7 @@ def greedy(leg: Leg) -> None:
     leg.allowed = 1 << 63
 
 
+@pytest.mark.threat("T71")
 @DIRECTIONS
 @pytest.mark.parametrize("hop", [0, 1])
 def test_who_sends_more_than_it_may_ends_the_circuit(hop: int, direction: int) -> None:
@@ -344,6 +351,7 @@ def test_who_ignores_the_origins_window_ends_the_circuit() -> None:
     assert len(onion.got[0]) == 3
 
 
+@pytest.mark.threat("T71")
 @DIRECTIONS
 def test_a_cell_larger_than_agreed_ends_the_circuit(direction: int) -> None:
     onion = Onion(2, cell=LARGE, largest=LARGE).build()
@@ -388,6 +396,7 @@ MISCHIEF: dict[str, Callable[[list[Parcel]], list[Parcel]]] = {
 }
 
 
+@pytest.mark.threat("T65")
 @pytest.mark.parametrize("how", MISCHIEF)
 @pytest.mark.parametrize("link", [1, 2, 3])
 @DIRECTIONS
@@ -421,6 +430,7 @@ def test_a_relay_that_meddles_ends_the_circuit_and_nothing_comes_of_it(link: int
             assert len(cells(onion.seen[beyond][direction])) <= passed + good
 
 
+@pytest.mark.threat("T65")
 def test_any_bit_of_what_is_meant_counts() -> None:
     places = sorted({*random.Random(5).sample(range(SMALL_CELL * 8), 150), 0, 7})
     caught = passed = 0
@@ -446,6 +456,7 @@ def test_any_bit_of_what_is_meant_counts() -> None:
     assert passed > 0
 
 
+@pytest.mark.threat("T66")
 @pytest.mark.parametrize("what", ["bits", "size", "length", "order", "rest"])
 def test_a_mark_made_at_the_first_relay_is_not_seen_at_the_last(what: str) -> None:
     """The first relay and the last are one party; an honest one lies between them."""
@@ -478,6 +489,7 @@ def test_a_mark_made_at_the_first_relay_is_not_seen_at_the_last(what: str) -> No
         assert onion.got[1] == []
 
 
+@pytest.mark.threat("T65")
 @DIRECTIONS
 def test_cells_of_two_circuits_cannot_be_swapped(direction: int) -> None:
     """Both go over the same relays; the middle one gives cells of each the other's number."""
@@ -521,6 +533,7 @@ def test_a_repeated_create_gives_keys_that_the_repeater_has_not(link: int) -> No
     assert len(onion.got[1]) == 3
 
 
+@pytest.mark.threat("T48", "T68")
 @pytest.mark.parametrize("how", ["another's", "altered", "empty", "long", "of the wrong digest"])
 def test_an_answer_that_is_not_the_hops_ends_the_circuit(how: str) -> None:
     """A relay in the middle cannot be the next hop itself."""
@@ -553,6 +566,7 @@ def own_answer(onion: Onion, digest: bytes) -> bytes:
     )[0]
 
 
+@pytest.mark.threat("T70")
 @pytest.mark.parametrize("how", ["not for it", "another contract", "rubbish", "nothing"])
 def test_a_create_that_is_not_for_this_hop_is_refused(how: str) -> None:
     private = os.urandom(32)
@@ -599,6 +613,7 @@ def say(onion: Onion, at: int, plain: bytes, size: int = SMALL_CELL, link: int |
     onion.wires[0][FORWARD].append(Parcel(header, sealed + bytes(size - len(sealed)), size))
 
 
+@pytest.mark.threat("T72")
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(
     "plain",
@@ -654,6 +669,7 @@ def test_the_far_end_passes_nothing_on() -> None:
     assert ended(onion, 2).why is Why.MISBEHAVED
 
 
+@pytest.mark.threat("T72")
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(
     "plain",
@@ -680,6 +696,7 @@ def test_a_hop_that_lies_to_the_origin_ends_the_circuit(at: int, plain: bytes) -
     assert onion.got == ([], [])
 
 
+@pytest.mark.threat("T48")
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("command", [Command.DATA, Command.COVER])
 def test_a_relay_cannot_speak_for_the_far_end(at: int, command: Command) -> None:
@@ -699,6 +716,7 @@ def test_a_relay_cannot_answer_for_the_hop_that_is_asked() -> None:
     assert ended(onion, 0) == Ended(Why.MISBEHAVED)
 
 
+@pytest.mark.threat("T69")
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_nobody_says_that_another_hop_failed(at: int) -> None:
     onion = Onion(3).build()
@@ -754,6 +772,7 @@ def seen_by(onion: Onion, hop: int) -> bytes:
     return b"\xff".join(here + asked)
 
 
+@pytest.mark.threat("T64")
 @pytest.mark.parametrize("post_quantum", [False, True])
 def test_a_relay_sees_its_neighbours_and_no_more(post_quantum: bool) -> None:
     onion = Onion(5, cell=LARGE, post_quantum=post_quantum).build()
@@ -773,6 +792,7 @@ def test_a_relay_sees_its_neighbours_and_no_more(post_quantum: bool) -> None:
         assert not any(key in seen for key in onion.private)
 
 
+@pytest.mark.threat("T47")
 def test_all_that_passes_a_relay_looks_like_noise() -> None:
     onion = Onion(4, cell=LARGE).build()
     for end in (0, 1):
@@ -789,6 +809,7 @@ def test_all_that_passes_a_relay_looks_like_noise() -> None:
             assert 150 < chi < 390, chi  # 255 degrees of freedom; beyond these in one of 10^7
 
 
+@pytest.mark.threat("T64")
 def test_no_cell_looks_the_same_on_two_links() -> None:
     onion = Onion(4, cell=LARGE).build()
     for end in (0, 1):

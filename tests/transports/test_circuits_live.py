@@ -226,6 +226,7 @@ def test_a_relay_tells_its_owner_of_nobody(net: Net) -> None:
 # A relay restarts in mid-transfer.
 
 
+@pytest.mark.threat("T49")
 @pytest.mark.parametrize("name", ROUTE)
 def test_a_relay_that_restarts_costs_no_message(net: Net, name: str) -> None:
     a, b = line(net, lost_after=5.0)
@@ -298,6 +299,7 @@ def legs(node: Node) -> int:
     return sum(len(state.legs) for state in node.live._driver._states.values())
 
 
+@pytest.mark.threat("T49", "T101")
 def test_where_a_relay_is_gone_another_way_is_taken(net: Net) -> None:
     a, b = fork(net)
     met(a, b)
@@ -382,6 +384,7 @@ def test_neighbours_that_were_away_for_long_are_let_in_for_another_run(net: Net)
     assert net["r1"].live.receive(0) is None
 
 
+@pytest.mark.threat("T49")
 @pytest.mark.parametrize("ways", ["ab", "b"], ids=["both ways", "what comes back"])
 def test_where_a_relay_builds_circuits_and_swallows_what_passes_another_way_is_taken(
     net: Net, monkeypatch: pytest.MonkeyPatch, ways: str
@@ -454,6 +457,7 @@ class Flood:
         self.transport.close(0)
 
 
+@pytest.mark.threat("T71")
 def test_who_asks_for_circuits_without_end_and_does_not_read_fills_nobodys_memory(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,6 +541,7 @@ class Tapped:
         monkeypatch.setattr(iothread._Driver, "_next_cell", watched)
 
 
+@pytest.mark.threat("T64")
 def test_a_relay_sees_two_sizes_and_numbers_that_no_other_sees(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers: dict[int, set[tuple[bytes, bytes]]] = {}
     sizes: set[int] = set()
@@ -568,6 +573,7 @@ def test_a_relay_sees_two_sizes_and_numbers_that_no_other_sees(net: Net, monkeyp
 COVER = 0.05
 
 
+@pytest.mark.threat("T76")
 def test_under_cover_cells_go_at_a_constant_pace_with_messages_and_without(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,6 +651,7 @@ def ask(server: Node, node: Node, text: bytes) -> None:
     assert event == Received(server.key, 1, b"re: " + text, memoryview(b""))
 
 
+@pytest.mark.threat("T79")
 def test_members_come_one_after_another_and_are_one_peer(net: Net) -> None:
     server = crowd(net, ["m1", "m2", "m3"])
     runs = []
@@ -662,6 +669,7 @@ def test_members_come_one_after_another_and_are_one_peer(net: Net) -> None:
     assert not any(isinstance(server.live.receive(0.1), Closed) for _ in range(2))
 
 
+@pytest.mark.threat("T88")
 def test_two_are_there_at_once_and_who_spoke_last_is_answered(net: Net) -> None:
     server = crowd(net, ["m1", "m2"])
     one, two = (member(net, name) for name in ("m1", "m2"))
@@ -839,6 +847,7 @@ def last_word(net: Net, sender: Node, to: bytes, hearer: Node) -> None:
     assert not thread.is_alive()
 
 
+@pytest.mark.threat("T49")
 @pytest.mark.parametrize("builds", [False, True], ids=["built to", "builds"])
 def test_a_last_word_arrives_though_the_relay_is_down_when_it_is_said(net: Net, builds: bool) -> None:
     net.relay("r1", {"a": False, "b": False}, [("a", "b")])
@@ -912,6 +921,7 @@ def test_only_a_peer_on_call_is_opened(net: Net) -> None:
 # Small memory.
 
 
+@pytest.mark.threat("T71")
 def test_a_hundred_circuits_through_one_relay_hold_what_their_windows_allow(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:

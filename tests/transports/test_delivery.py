@@ -70,6 +70,7 @@ def headers(messages: list[Message]) -> list[bytes]:
 # What broke goes on.
 
 
+@pytest.mark.threat("T93")
 def test_what_was_not_acknowledged_is_sent_again_and_nothing_else_is() -> None:
     pair = Pair()
     pair.run()
@@ -133,6 +134,7 @@ def test_a_break_during_the_handshake_loses_nothing(lost: int) -> None:
     assert headers(pair.got[0]) == [b"r0", b"r1", b"r2", b"r3"]
 
 
+@pytest.mark.threat("T10")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_any_number_of_breaks_at_any_place(seed: int) -> None:
@@ -344,6 +346,7 @@ def test_as_long_as_nothing_has_passed_it_may() -> None:
     assert headers(pair.got[1]) == [b"first"]
 
 
+@pytest.mark.threat("T93")
 @pytest.mark.parametrize(
     ("ready", "fits"),
     [

@@ -148,6 +148,7 @@ def test_frames_have_the_specified_sizes(post_quantum: bool) -> None:
     assert list(initiator.frames_to_send()) == list(responder.frames_to_send()) == []  # each frame is handed out once
 
 
+@pytest.mark.threat("T3")
 def test_neither_key_nor_name_is_in_the_clear() -> None:
     initiator, responder = make_initiator(), make_responder()
     hello = hello_of(initiator)
@@ -188,6 +189,7 @@ def test_keys_match_for_any_identities(
     assert responder_has.remote_static == public_key_of(initiator_key)
 
 
+@pytest.mark.threat("T8", "T55", "T90")
 @both_ways
 def test_every_session_has_its_own_keys(post_quantum: bool) -> None:
     sessions = [
@@ -199,6 +201,7 @@ def test_every_session_has_its_own_keys(post_quantum: bool) -> None:
     assert len(secrets) == 15
 
 
+@pytest.mark.threat("T54")
 def test_keys_are_not_printed() -> None:
     for end in meet(make_initiator(), make_responder()):
         for secret in (end.send_key, end.receive_key):
@@ -288,6 +291,7 @@ def test_ml_kem_takes_part_unless_told_otherwise() -> None:
     assert len(only_frame(responder)) == ACCEPT_SIZE[True]
 
 
+@pytest.mark.threat("T9")
 def test_who_knows_every_x25519_secret_still_lacks_the_keys() -> None:
     """The recording and, years later, all that a quantum computer finds in it: Noise's keys, payloads, the hash."""
     initiator, responder = make_initiator(fixed=True), make_responder()
@@ -312,6 +316,7 @@ def test_who_knows_every_x25519_secret_still_lacks_the_keys() -> None:
     assert keys == found(ephemeral.decapsulate(ciphertext))  # ML-KEM's private key is all that was missing
 
 
+@pytest.mark.threat("T9")
 def test_every_hello_has_its_own_ml_kem_key_and_it_goes_with_the_answer() -> None:
     keys = set()
     for end in ("accept", "refuse", "rubbish"):
@@ -343,6 +348,7 @@ def refuse_to_encapsulate(monkeypatch: pytest.MonkeyPatch, *, also_to_read: bool
         monkeypatch.setattr(hybrid.EncapsulationKey, "__init__", nothing)
 
 
+@pytest.mark.threat("T22")
 def test_a_stranger_causes_no_ml_kem(monkeypatch: pytest.MonkeyPatch) -> None:
     hello = hello_of(make_initiator())
     refuse_to_encapsulate(monkeypatch, also_to_read=True)
@@ -359,6 +365,7 @@ def test_who_has_to_wait_causes_no_encapsulation(monkeypatch: pytest.MonkeyPatch
     assert responder.state is State.REFUSED
 
 
+@pytest.mark.threat("T16")
 @pytest.mark.parametrize("post_quantum", [False, True], ids=["the initiator wants it", "the responder wants it"])
 def test_no_session_where_one_side_wants_ml_kem(post_quantum: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one digest, which no two honest parties can come to; turned down before anything is computed."""
@@ -374,6 +381,7 @@ def test_no_session_where_one_side_wants_ml_kem(post_quantum: bool, monkeypatch:
     assert list(responder.frames_to_send()) == []
 
 
+@pytest.mark.threat("T16")
 @both_ways
 def test_an_answer_of_the_other_kind_opens_nothing(post_quantum: bool) -> None:
     """A genuine one, for this very hello, but without the ciphertext that was wanted, or with one that was not."""
@@ -386,6 +394,7 @@ def test_an_answer_of_the_other_kind_opens_nothing(post_quantum: bool) -> None:
     assert initiator.state is State.FAILED
 
 
+@pytest.mark.threat("T16")
 def test_the_choice_is_in_the_prologue() -> None:
     """A hello of the right length that Noise made for the other choice does not open, whatever is in it."""
     key = hybrid.EphemeralKey(os.urandom).encapsulation_key
@@ -478,6 +487,7 @@ def answer(initiator: Initiator, frame: bytes) -> Refused:
     return caught.value
 
 
+@pytest.mark.threat("T16")
 def test_refused_version() -> None:
     initiator = make_initiator()
     hello = hello_of(initiator)
@@ -491,6 +501,7 @@ def test_refused_version() -> None:
     assert "different versions" in str(theirs)
 
 
+@pytest.mark.threat("T27")
 def test_refused_digest_names_both() -> None:
     initiator, responder = make_initiator(), make_responder(digest=OTHER_DIGEST)
     ours, frame = refusal(hello_of(initiator), responder)
@@ -503,6 +514,7 @@ def test_refused_digest_names_both() -> None:
     )
 
 
+@pytest.mark.threat("T21")
 def test_refused_wrong_key() -> None:
     """The initiator pins another key than the responder has."""
     initiator = make_initiator(peer=STRANGER_KEY)
@@ -514,6 +526,7 @@ def test_refused_wrong_key() -> None:
     assert "the key that we expect there" in str(theirs)
 
 
+@pytest.mark.threat("T20")
 @pytest.mark.parametrize("known", [(), (STRANGER_KEY,), (RESPONDER_KEY, STRANGER_KEY)])
 def test_refused_unknown_key(known: tuple[bytes, ...]) -> None:
     initiator = make_initiator()
@@ -536,6 +549,7 @@ def test_refused_busy() -> None:
     assert answer(initiator, frame).reason is RefusalReason.BUSY
 
 
+@pytest.mark.threat("T15")
 def test_same_short_digest_and_another_whole_digest() -> None:
     """The prologue binds all 32 bytes: a forged short digest opens nothing."""
     forged = DIGEST[:8] + OTHER_DIGEST[8:]
@@ -543,6 +557,7 @@ def test_same_short_digest_and_another_whole_digest() -> None:
     assert ours.reason is RefusalReason.WRONG_KEY
 
 
+@pytest.mark.threat("T13")
 def test_known_private_key_is_needed_not_only_the_public_one() -> None:
     """Somebody who knows a known public key and puts it into message 1 does not get past the ``ss`` secret."""
     known = public_key_of(INITIATOR_KEY)
@@ -638,6 +653,7 @@ def altered_bits(frame: bytes) -> list[tuple[int, bytes]]:
     ]
 
 
+@pytest.mark.threat("T12")
 @both_ways
 def test_every_altered_bit_of_the_hello_is_refused(post_quantum: bool) -> None:
     hello = hello_of(make_initiator(fixed=True, post_quantum=post_quantum))
@@ -652,6 +668,7 @@ def test_every_altered_bit_of_the_hello_is_refused(post_quantum: bool) -> None:
             assert refusal(altered, responder)[0].reason is verdict, position
 
 
+@pytest.mark.threat("T12")
 @both_ways
 def test_every_altered_bit_of_the_accepting_answer_is_refused(post_quantum: bool) -> None:
     hello = hello_of(make_initiator(fixed=True, post_quantum=post_quantum))
@@ -703,6 +720,7 @@ def test_every_altered_bit_of_a_refusal_leaves_it_no_session() -> None:
                 initiator.receive(altered)
 
 
+@pytest.mark.threat("T25")
 @settings(max_examples=200, deadline=None)
 @given(frame=st.binary(max_size=300))
 def test_any_bytes_are_refused_by_both(frame: bytes) -> None:
@@ -729,6 +747,7 @@ def test_small_order_ephemeral_is_refused() -> None:
     assert refusal(zero_key, make_responder())[0].reason is RefusalReason.WRONG_KEY
 
 
+@pytest.mark.threat("T14")
 def test_replayed_hello_gives_other_keys_that_the_replayer_lacks() -> None:
     initiator, first, second = make_initiator(), make_responder(), make_responder()
     hello = hello_of(initiator)
@@ -752,6 +771,7 @@ def test_answer_to_another_hello_is_refused() -> None:
         waiting.receive(only_frame(responder))
 
 
+@pytest.mark.threat("T13", "T91")
 def test_somebody_else_cannot_answer() -> None:
     """Who has the hello but not the responder's private key cannot make an answer that the initiator takes."""
     initiator = make_initiator()

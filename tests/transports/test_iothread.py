@@ -243,6 +243,7 @@ def test_a_key_that_is_not_among_the_peers_is_told(party: Make, caplog: pytest.L
     assert error.reason is RefusalReason.UNKNOWN_KEY
 
 
+@pytest.mark.threat("T54")
 def test_no_secret_is_logged(party: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     meet = Meet(party)
@@ -255,6 +256,7 @@ def test_no_secret_is_logged(party: Make, caplog: pytest.LogCaptureFixture) -> N
         assert secret not in caplog.text
 
 
+@pytest.mark.threat("T33")
 def test_a_second_process_with_one_key_is_turned_away_and_disturbs_nobody(party: Make) -> None:
     meet = Meet(party)
     twin = party(2)
@@ -267,6 +269,7 @@ def test_a_second_process_with_one_key_is_turned_away_and_disturbs_nobody(party:
     assert meet.a.next() == Received(meet.b.key, 1, b"still here", memoryview(b""))
 
 
+@pytest.mark.threat("T22", "T24")
 def test_rubbish_at_the_door_disturbs_nobody_and_floods_no_log(
     party: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +311,7 @@ def test_rubbish_at_the_door_disturbs_nobody_and_floods_no_log(
     assert 0 < len(caplog.records) <= LOGS_BURST + 1
 
 
+@pytest.mark.threat("T22")
 def test_hellos_are_computed_at_a_bounded_rate(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who knows the contract's digest sends hellos that look right: a burst costs something, more do not."""
     meet = Meet(party)
@@ -365,6 +369,7 @@ def test_a_stranger_who_was_put_out_cannot_come_back_on_the_same_line(
 # Who misbehaves.
 
 
+@pytest.mark.threat("T28", "T58")
 def test_an_undeclared_lane_closes_the_channel_on_both_sides(party: Make) -> None:
     meet = Meet(party)
     meet.a.io.send(meet.b.key, 7, b"not in the contract")
@@ -381,6 +386,7 @@ def test_an_undeclared_lane_closes_the_channel_on_both_sides(party: Make) -> Non
         meet.b.io.send(meet.a.key, 1, b"more")
 
 
+@pytest.mark.threat("T29")
 def test_a_body_over_the_lanes_limit_closes_the_channel(party: Make) -> None:
     meet = Meet(party)
     meet.a.io.send(meet.b.key, 2, b"", [bytes(1001)])
@@ -591,6 +597,7 @@ class Chain:
         assert {self.b.next(), self.b.next()} == {Opened(self.a.key), Opened(self.c.key)}
 
 
+@pytest.mark.threat("T47")
 def test_two_peers_talk_through_a_third_who_cannot_read(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[bytes] = []  # all that B's links give out
     went: list[bytes] = []  # and what is left of it under B's layer, or gets one
@@ -662,6 +669,7 @@ def test_large_messages_pass_both_ways_at_once_and_nothing_piles_up_in_the_middl
     assert max(held) <= CIRCUIT_CELLS * CELL_MAX
 
 
+@pytest.mark.threat("T31")
 @pytest.mark.parametrize("allowed", [False, None], ids=["somewhere else", "nowhere"])
 def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make, allowed: bool | None) -> None:
     """B passes circuits on, but none from A to C.  That is no fault of A's: its channel with B goes on."""
@@ -683,6 +691,7 @@ def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make, allo
     assert isinstance(chain.c.next(), Closed)
 
 
+@pytest.mark.threat("T31", "T48")
 @pytest.mark.parametrize("whose", ["its own", "the relay's"])
 def test_nobody_can_speak_for_the_far_end(party: Make, caplog: pytest.LogCaptureFixture, whose: str) -> None:
     """D reaches A by the way on which C would come, and proves another key than C's: one that A knows, from a link."""
@@ -704,6 +713,7 @@ def test_nobody_can_speak_for_the_far_end(party: Make, caplog: pytest.LogCapture
     assert a.next() == Received(b.key, 1, b"after the forgery", memoryview(b""))
 
 
+@pytest.mark.threat("T31")
 def test_who_has_a_link_cannot_come_by_a_circuit_nor_the_other_way(party: Make) -> None:
     """A knows C by a circuit only: C's hello on a connection of its own is turned down."""
     a, b, c = party(1), party(2), party(3)
@@ -726,6 +736,7 @@ def test_when_the_far_end_goes_the_near_end_hears_of_it(party: Make) -> None:
     assert {type(chain.b.next()), type(chain.b.next())} == {Closed, Received}
 
 
+@pytest.mark.threat("T49")
 def test_when_the_far_end_dies_the_near_end_finds_out_by_its_silence(
     party: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -737,6 +748,7 @@ def test_when_the_far_end_dies_the_near_end_finds_out_by_its_silence(
     assert (interrupted.peer, str(interrupted.error)) == (chain.c.key, "nothing was heard for 1 s")
 
 
+@pytest.mark.threat("T49")
 def test_when_the_middle_goes_for_good_both_ends_lose_each_other(party: Make) -> None:
     chain = Chain(party, gone_after=0.5)
     chain.meet()

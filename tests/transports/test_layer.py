@@ -78,6 +78,7 @@ def test_messages_have_these_sizes_and_fit_a_small_cell(post_quantum: bool) -> N
     assert len(message) <= room
 
 
+@pytest.mark.threat("T68")
 @both_ways
 @pytest.mark.parametrize("key", ["another", "of another circuit"])
 def test_only_the_hop_itself_can_answer(post_quantum: bool, key: str) -> None:
@@ -94,6 +95,7 @@ def test_only_the_hop_itself_can_answer(post_quantum: bool, key: str) -> None:
         asking.answered(message)
 
 
+@pytest.mark.threat("T70")
 @both_ways
 def test_another_contract_is_refused(post_quantum: bool) -> None:
     asking = Asking(public_key_of(b"\1" * 32), DIGEST, post_quantum=post_quantum)
@@ -153,6 +155,7 @@ def test_an_ml_kem_key_that_is_none_is_the_origins_fault() -> None:
         assert caught.type is PeerMisbehaved
 
 
+@pytest.mark.threat("T68")
 @both_ways
 def test_a_repeated_first_message_gives_other_keys(post_quantum: bool) -> None:
     asking = Asking(public_key_of(b"\1" * 32), DIGEST, post_quantum=post_quantum)
@@ -168,6 +171,7 @@ def test_a_repeated_first_message_gives_other_keys(post_quantum: bool) -> None:
 # Who asks is not told.
 
 
+@pytest.mark.threat("T64")
 @both_ways
 def test_nothing_in_the_messages_depends_on_who_asks(post_quantum: bool) -> None:
     """There is no key of the asker's to depend on: the same randomness makes the same message, whoever has it."""

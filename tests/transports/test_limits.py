@@ -120,6 +120,7 @@ def test_a_part_of_a_message_fills_a_cell_to_the_last_byte() -> None:
     assert CELL_ROOM + CELL_LENGTH + frame == part + CELL_COST
 
 
+@pytest.mark.threat("T71")
 @pytest.mark.parametrize("circuits", [0, 1, 2, 8, 9, 16, 100, 511, 512, 513, 4096])
 def test_what_waits_at_a_relay_stays_below_its_bound(circuits: int) -> None:
     limit = cell_limit(circuits)

@@ -89,6 +89,7 @@ def test_what_is_sent_while_there_is_no_connection_arrives_later(troubled: Calla
     assert [type(pair.b.next()) for _ in range(2)] == [Resumed, Received]
 
 
+@pytest.mark.threat("T19")
 def test_a_peer_that_is_gone_is_given_up_after_the_time_given(troubled: Callable[..., Troubled]) -> None:
     pair = troubled(gone_after=0.6)
     pair.proxy.target = 1
@@ -105,6 +106,7 @@ def test_a_peer_that_is_gone_is_given_up_after_the_time_given(troubled: Callable
             side.io.send(closed.peer, 1, b"?")
 
 
+@pytest.mark.threat("T17")
 def test_half_open_connections_are_found_by_heartbeats(troubled: Callable[..., Troubled]) -> None:
     """From some byte on, the proxy swallows everything and closes nothing."""
     pair = troubled(Trouble(every=1 << 15, drop=0, delay=1, split=0, seconds=1e6), lost_after=0.8)
@@ -133,6 +135,7 @@ def test_a_listener_that_was_started_anew_is_told_apart(troubled: Callable[..., 
     assert anew.io.receive(0.3) is None  # it waits for a fresh start of the other
 
 
+@pytest.mark.threat("T33")
 def test_a_dialer_that_was_started_anew_is_told_apart(troubled: Callable[..., Troubled], party: Make) -> None:
     pair = troubled()
     pair.b.io.send(pair.a.key, 1, b"first")
@@ -256,6 +259,7 @@ def content(number: int, size: int) -> bytes:
 BAD_LINE = Trouble(every=300_000, drop=2, delay=1, split=2, repeat=1, alter=1, seconds=0.02)
 
 
+@pytest.mark.threat("T10")
 def test_chaos_in_short(party: Make) -> None:
     chaos(party, int(os.environ.get("SPLITSEC_CHAOS_SEED", "1")), count=1000, drops=5, trouble=BAD_LINE)
 

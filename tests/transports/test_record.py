@@ -57,6 +57,7 @@ def test_only_the_room_of_a_record_is_written() -> None:
     assert bytes(opened) == b"hello...."
 
 
+@pytest.mark.threat("T11")
 @pytest.mark.parametrize("bit", range(8))
 @pytest.mark.parametrize("byte", range(5 + 16))
 def test_no_flipped_bit_opens(byte: int, bit: int) -> None:
@@ -66,6 +67,7 @@ def test_no_flipped_bit_opens(byte: int, bit: int) -> None:
         open_(Opener(KEY), bytes(sealed))
 
 
+@pytest.mark.threat("T11")
 @pytest.mark.parametrize("size", range(5 + 16))
 def test_no_shortened_record_opens(size: int) -> None:
     with pytest.raises(Damaged):
@@ -77,6 +79,7 @@ def test_no_lengthened_record_opens() -> None:
         open_(Opener(KEY), seal(Sealer(KEY), b"hello") + b"\0")
 
 
+@pytest.mark.threat("T11")
 def test_a_dropped_a_repeated_and_a_swapped_record_do_not_open() -> None:
     sealer = Sealer(KEY)
     first, second = seal(sealer, b"first"), seal(sealer, b"second")

@@ -348,6 +348,7 @@ def test_ready_says_all_that_it_was_given() -> None:
     )
 
 
+@pytest.mark.threat("T14")
 def test_the_listener_accepts_nothing_before_ready() -> None:
     """Whoever repeats somebody's hello gets an answer, and no further."""
     clock = FakeClock()
@@ -480,6 +481,7 @@ def test_both_sides_hear_the_reason(responder: Responder, arguments: dict[str, o
         assert ended.error.reason is reason
 
 
+@pytest.mark.threat("T32")
 def test_admit_is_asked_about_the_key_that_was_proved() -> None:
     asked: list[bytes] = []
     clock = FakeClock()
@@ -1316,6 +1318,7 @@ def test_a_silent_peer_is_lost_after_the_time_given_and_not_before() -> None:
     assert dialer.tick(clock.now + 100) == []
 
 
+@pytest.mark.threat("T17")
 def test_only_authentic_frames_count_as_heard() -> None:
     clock = FakeClock()
     dialer, listener = ends(opened(clock, lost_after=20))

@@ -269,6 +269,7 @@ def test_libzmqs_heartbeats_are_answered(bench: Bench) -> None:
     monitor.close(0)
 
 
+@pytest.mark.threat("T94")
 def test_two_who_claim_one_identity_are_two(bench: Bench) -> None:
     listening = bench.listen()
     dealers = []
@@ -286,6 +287,7 @@ def test_two_who_claim_one_identity_are_two(bench: Bench) -> None:
         assert libzmq_receives(bench, dealer) == [b"for %d" % number]
 
 
+@pytest.mark.threat("T23")
 def test_a_message_of_many_parts_ends_the_connection(bench: Bench) -> None:
     listening = bench.listen()
     dealer = bench.context.socket(zmq.DEALER)
@@ -368,6 +370,7 @@ def test_who_says_half_of_it_is_hung_up_on_in_time(bench: Bench, size: int) -> N
     assert bench.frame(listening) == (connection, b"as before")
 
 
+@pytest.mark.threat("T26")
 def test_the_oldest_stranger_goes_when_there_are_too_many(bench: Bench) -> None:
     listening = bench.listen()
     trusted, connection = bench.meet(listening)
@@ -394,6 +397,7 @@ def test_the_trusted_do_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     assert listening.deadline() is None
 
 
+@pytest.mark.threat("T23")
 def test_a_stranger_that_never_ends_costs_a_buffer(bench: Bench) -> None:
     """One sends without end, a hundred send half a frame; what they cost is bounded, and all of it is given back."""
     listening = bench.listen()
@@ -502,6 +506,7 @@ def test_without_a_free_descriptor_it_waits_and_then_accepts(
     assert not bench.is_hung_up(plain)
 
 
+@pytest.mark.threat("T26")
 def test_where_descriptors_run_out_the_oldest_stranger_makes_room(bench: Bench) -> None:
     listening = bench.listen()
     host, _, port = listening.endpoint.removeprefix("tcp://").rpartition(":")

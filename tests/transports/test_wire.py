@@ -170,6 +170,7 @@ def test_whatever_is_accepted_is_the_one_way_to_say_it(data: bytes) -> None:
     assert all(data[place] == 0 for place in range(1, 24) if place not in KINDS[header.kind][1])
 
 
+@pytest.mark.threat("T5", "T6")
 def test_frames_are_65_bytes_longer_than_their_payload() -> None:
     assert payload_size_of(49) == 0
     assert payload_size_of(66) == 1

@@ -294,6 +294,7 @@ def test_trust_lifts_the_limits_for_what_was_read_already() -> None:
     assert feed(stream, data[len(room) :] + long * 3) == [bytes(1 << 20)] * 4
 
 
+@pytest.mark.threat("T25")
 @settings(max_examples=300, deadline=None)
 @given(
     beginning=st.sampled_from([b"", GREETING[:11], GREETING, GREETING + READY_DEALER]),
@@ -327,6 +328,7 @@ def _size(flag: bytes, size: int) -> bytes:
 # Memory.
 
 
+@pytest.mark.threat("T23")
 def test_no_memory_is_made_for_a_frame_that_is_too_long() -> None:
     stream = opened()
     tracemalloc.start()

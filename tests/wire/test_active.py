@@ -530,6 +530,7 @@ def went_on(number: int, run: Run, peace: Peace, passed: Passed) -> None:
     assert passed.all_arrived_once(number)
 
 
+@pytest.mark.threat("T10")
 @pytest.mark.parametrize(("name", "direction", "place"), SEALED)
 def test_an_attack_costs_a_connection_and_no_more(
     name: str,
@@ -567,6 +568,7 @@ def test_an_attack_on_the_first_handshake_costs_a_try(
     went_on(number, run, pair, passed)
 
 
+@pytest.mark.threat("T19")
 @pytest.mark.parametrize(("name", "direction", "place"), sorted(NOBODY_CAN_KNOW))
 def test_a_forged_refusal_before_the_first_session_is_believed(
     name: str,
@@ -597,6 +599,7 @@ def longer(pair: Peace) -> Run:
     return pair.attacked(2000, changes=[("epochs: 4", f"epochs: {LONGER}")])[0]
 
 
+@pytest.mark.threat("T10")
 @pytest.mark.parametrize("number", range(len(CHAINS)))
 def test_one_attack_after_another_on_one_training(
     number: int, runs: Runs, longer: Run, pair: Peace, passed: Passed
@@ -662,6 +665,7 @@ def endless(pair: Peace) -> dict[str, Attacked]:
         return dict(zip(orders, pool.map(attacked, range(3000, 3000 + len(orders)), orders), strict=True))
 
 
+@pytest.mark.threat("T19")
 @pytest.mark.parametrize("name", [*ENDLESS, "everything"])
 def test_an_attack_without_end_ends_the_run_in_the_time_that_the_graph_gives(
     name: str, endless: dict[str, Attacked], passed: Passed

@@ -175,6 +175,7 @@ def test_everything_went_over_this_wire(wire: dict[str, bytes]) -> None:
     assert len(wire["wire"]) > 4 * 12 * (16 * 4 * 2 + 8)
 
 
+@pytest.mark.threat("T1")
 def test_no_tensor_can_be_read(wire: dict[str, bytes]) -> None:
     """No two neighbouring numbers of any input, activation, gradient or weight that there was at any party."""
     for party in ("clinic-a", "clinic-b", "server"):
@@ -182,6 +183,7 @@ def test_no_tensor_can_be_read(wire: dict[str, bytes]) -> None:
         assert leaked(wire["wire"], [wire[party]], WINDOW, 4) == []
 
 
+@pytest.mark.threat("T1")
 def test_no_trained_weight_can_be_read(wire: dict[str, bytes], shared: Path) -> None:
     files = sorted((shared / "out").rglob("*.safetensors"))
     assert [file.parent.name for file in files] == ["clinic-a", "clinic-b", "server"]
@@ -189,6 +191,7 @@ def test_no_trained_weight_can_be_read(wire: dict[str, bytes], shared: Path) -> 
         assert leaked(wire["wire"], [tensor.tobytes() for tensor in load_file(file).values()], WINDOW, 4) == []
 
 
+@pytest.mark.threat("T2")
 def test_no_label_can_be_read(wire: dict[str, bytes]) -> None:
     """No three neighbouring labels, in whatever order the epochs had them: any three of 1, 2 and 3."""
     orders = [(a, b, c) for a in (1, 2, 3) for b in (1, 2, 3) for c in (1, 2, 3)]
@@ -196,6 +199,7 @@ def test_no_label_can_be_read(wire: dict[str, bytes]) -> None:
     assert leaked(wire["wire"], secrets, LABELS_WINDOW, 3) == []
 
 
+@pytest.mark.threat("T3", "T43")
 def test_no_name_can_be_read(wire: dict[str, bytes]) -> None:
     """No name of the graph file, no sample id, no word of our own messages."""
     names = ["clinic", "registry", "server", "stem", "trunk", "overheard", "scan", "finding", "patient-"]
@@ -204,6 +208,7 @@ def test_no_name_can_be_read(wire: dict[str, bytes]) -> None:
         assert name.encode() not in wire["wire"].lower(), name
 
 
+@pytest.mark.threat("T4")
 def test_no_identity_key_can_be_read(wire: dict[str, bytes], shared: Path) -> None:
     """Noise IK seals the dialer's key, and never sends the listener's."""
     for name, party in load_graph(shared / "folder" / "graph.yaml").parties.items():
