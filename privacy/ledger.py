@@ -616,7 +616,7 @@ class Meter:
             ahead = _longer(np.zeros(0, np.int64) if ahead is None else ahead, self._ledger.samples)
             self._ahead[account] = ahead
         place = self._place.get(account, 0)
-        keeps_order = not again and place >= 0 and np.array_equal(self._expected[place : place + len(taken)], taken)
+        keeps_order = place >= 0 and np.array_equal(self._expected[place : place + len(taken)], taken)
         np.subtract.at(ahead, taken, 1)
         try:
             if len(taken) and int(ahead[taken].min()) < 0:

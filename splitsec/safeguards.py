@@ -176,7 +176,7 @@ class Safeguards:
             self._once(key, demand, message, carried)
             self._spend(demand, carried)
         treated = self._applied(demand, tensor)
-        if carried is not None and carried.training and not carried.again and demand.lane.kind == "activation":
+        if carried is not None and carried.training and demand.lane.kind == "activation":
             self._look(key, demand, treated, carried)
         return message if treated is tensor else Message(message.kind, message.key, message.facts, {name: treated})
 
@@ -372,9 +372,7 @@ class Safeguards:
 
 def write_alarm(journal: Journal, alarm: SuspectedAttack) -> None:
     """The entry of ``alarm``.  Raises ``LedgerError``."""
-    journal.alarm(
-        detector=alarm.detector, cut=alarm.cut, peer=alarm.party, batch=alarm.batch, evidence=alarm.evidence
-    )
+    journal.alarm(detector=alarm.detector, cut=alarm.cut, peer=alarm.party, batch=alarm.batch, evidence=alarm.evidence)
 
 
 LIMITED: Final = "distance_correlation_corrected"

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,11 @@ TIMEOUTS: Final = {"connect": 15.0, "lost": 2.0, "gone": 3.0}
 """Seconds, in place of the graph's, that a case ends soon."""
 ANSWER: Final = 2.0
 """The same for ``timeouts.answer``, at least: longer where a run in peace is silent for as long."""
-MORE: Final = 15.0
+MORE: Final = 8.0
 """Seconds; how much longer nobody must say a word until a run is held to stand still.  So it does not for a peer that
 is gone."""
-LATER: Final = 30
-"""The training message at which a case strikes that needs others before it; earlier where an epoch has fewer."""
+LATER: Final = 25
+"""The training message to one party at which a case strikes that shall find its detectors settled."""
 AHEAD: Final = 1000
 """Steps."""
 
@@ -130,9 +130,12 @@ class Liar:
             return [said]
         if kind == "control" and not self._abuse.word(self, said.message.facts):
             return [said]
-        number = len(self.before)
+        number = sum(one.peer == said.peer for one in self.before)
         self.before.append(said)
-        return self._abuse.does(self, said) if number == self._at else [said]
+        if number == self._at:
+            self._at = -1  # once
+            return self._abuse.does(self, said)
+        return [said]
 
     # --- what a trick may ask
 
@@ -342,7 +345,9 @@ def _done(liar: Liar, facts: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Abuse:
-    """One case.  ``strikes``: at which kind of message, while training; ``at``: the how manieth of them, from 0."""
+    """One case.  ``strikes``: at which kind of message, while training; ``at``: the how manieth to a party, from 0,
+    earlier where a turn has fewer; with ``later``, of a run that is long enough.
+    """
 
     name: str
     tried: str
@@ -350,6 +355,7 @@ class Abuse:
     does: Trick
     strikes: str = "gradient"
     at: int = 0
+    later: bool = False
     word: Callable[[Liar, Mapping[str, Any]], bool] = _counts
     """Of ``control`` messages: those that are meant."""
     graph: Callable[[Graph], Graph] = lambda graph: graph
@@ -507,7 +513,7 @@ CASES: Final = (
         "sends the numbers of a gradient of some steps ago as this step's",
         Server,
         _old_values,
-        at=LATER,
+        at=12,
     ),
     Abuse(
         "a gradient of a later step",
@@ -565,18 +571,18 @@ CASES: Final = (
         _instead(_filled(1e30)),
     ),
     Abuse(
-        "huge values later",
-        "after honest answers, sends a gradient of 1e30 everywhere",
+        "large values at once",
+        "answers the first batch with a gradient that is 10,000 times as large as it should be",
         Server,
-        _instead(_filled(1e30)),
-        at=LATER,
+        _instead(_times(1e4)),
     ),
     Abuse(
         "large values later",
-        "after honest answers, sends one that is 10,000 times as large",
+        f"does the same after {LATER} honest answers to the same party",
         Server,
         _instead(_times(1e4)),
         at=LATER,
+        later=True,
     ),
     Abuse(
         "another party's gradient",
@@ -759,7 +765,7 @@ def _abuse(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
         report=tell,
     )
     party.abuse = abuse
-    party.at = min(abuse.at, assignment["options"]["most"])
+    party.at = assignment["options"]["at"]
     try:
         with suppress(SplitsecError):  # whoever refused it is gone, and all the others with it
             party.connect()
@@ -807,15 +813,15 @@ class Peace:
         return self._answer + MORE
 
     @classmethod
-    def on(cls, ground: Ground, attack: str, python: str | None) -> Peace:
-        """Run it.  Raises ``PartyFailed`` where a folder does not even train in peace."""
+    def on(cls, ground: Ground, attack: str, python: str | None, batches: int = 1) -> Peace:
+        """Run it, for ``batches`` at least.  Raises ``PartyFailed`` where a folder does not even train in peace."""
         last, silence = time.monotonic(), 0.0
 
         def when(party: str, event: Mapping[str, Any], processes: object) -> None:
             nonlocal last, silence
             silence, last = max(silence, time.monotonic() - last), time.monotonic()
 
-        fought = ground.fight(attack, None, batches=1, when=when, python=python)
+        fought = ground.fight(attack, None, batches=batches, when=when, python=python)
         for party, failure in fought.failures.items():
             raise PartyFailed(party, failure["text"], exit_code=failure["exit_code"], kind=failure["code"])
         peace = cls(fought, _is_exact(ground), ground.graph, silence=silence)
@@ -972,7 +978,7 @@ def noticed_by(fought: Fought, honest: Iterable[str]) -> str | None:
         for event in fought.events[party]
         if event["event"] == "interrupted"
     ]
-    broke.sort(key=lambda one: "has closed the channel" in one[2] or one[2] == "the connection broke")
+    broke.sort(key=lambda one: any(words in one[2] for words in ("has closed", "connection broke", "circuit")))
     logged = [(party, line) for party in honest for line in fought.logs.get(party, "").splitlines() if line.strip()]
     if broke:
         party, peer, why = broke[0]
@@ -981,7 +987,10 @@ def noticed_by(fought: Fought, honest: Iterable[str]) -> str | None:
 
 
 class ProtocolAbuse(Attack):
-    """Every case that applies to the graph, one after the other.  ``cases``: only these, by name."""
+    """Every case that applies to the graph, one after the other.
+
+    ``cases``: only these, by name.  ``nest``: where party processes come from; else one of its own.
+    """
 
     name: ClassVar[str] = "protocol-abuse"
     title: ClassVar[str] = "Protocol abuse"
@@ -991,7 +1000,8 @@ class ProtocolAbuse(Attack):
         "asks for more epochs, other shapes, undeclared cuts; replays, stalls, sends NaN and huge values"
     )
 
-    def __init__(self, cases: Sequence[str] | None = None) -> None:
+    def __init__(self, cases: Sequence[str] | None = None, nest: Nest | None = None) -> None:
+        self._nest = nest
         self.cases = [BY_NAME[name] for name in cases] if cases is not None else list(CASES)
 
     def run(self, ground: Ground) -> Outcome:
@@ -1005,30 +1015,37 @@ class ProtocolAbuse(Attack):
         if not wanted:
             judged = Judgement("does not apply", "no activation leaves a party here, so there is nobody to abuse")
             return self.outcome(ground, judged, seconds=time.monotonic() - began)
-        steps = ground.steps_an_epoch()
-        with Nest() as nest:
+        with Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
-            peace = Peace.on(ground, self.name, nest.python)
+            peace: dict[bool, Peace | None] = {False: None, True: None}
             found = []
             for case, party in wanted:
-                found.append(self._one(ground, case, party, peace, max(0, steps // ground.graph.streams - 2), nest))
+                if (calm := peace[case.later]) is None:
+                    calm = peace[case.later] = Peace.on(ground, self.name, nest.python, _batches(ground, case))
+                found.append(self._one(ground, case, party, calm, nest))
                 ground.report({"event": "progress", "done": len(found), "of": len(wanted)})
         return self.outcome(ground, judgement(found), seconds=time.monotonic() - began)
 
-    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, most: int, nest: Nest) -> Case:
+    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest) -> Case:
+        a_turn = ground.steps_an_epoch() // (1 if ground.graph.schedule == "parallel" else ground.graph.streams)
         fought = ground.fight(
             self.name,
             None,
             [party],
-            batches=1,
+            batches=_batches(ground, case),
             module="splitsec.attacks.abuse",
-            options={"case": case.name, "most": most},
+            options={"case": case.name, "at": case.at if case.later else min(case.at, max(0, a_turn - 2))},
             timeouts=peace.timeouts,
             quiet=peace.quiet,
             python=nest.python,
         )
         honest = [name for name in ground.graph.parties if name in taking_part(ground.graph) and name != party]
         return judge(case.name, case.tried, fought, peace, honest, party)
+
+
+def _batches(ground: Ground, case: Abuse) -> int:
+    """Of a run in which there is an occasion for ``case``."""
+    return (case.at + 2) * ground.graph.streams if case.later else 1
 
 
 def judgement(found: Sequence[Case]) -> Judgement:

@@ -3,8 +3,8 @@
 Pasquini, Ateniese, Bernaschi 2021, "Unleashing the Tiger: Inference Attacks on Split Learning" (CCS), section 3: the
 attacker has an encoder and a decoder of its own, and a critic that tells the encoder's outputs on public samples from
 what the victims send; the gradient that it returns makes the victims' segment harder to tell from the encoder, until
-the decoder inverts it too.  Here: that attack, and one that knows the detectors (docs/detectors.md).  Not here: networks
-(``nets``), the run (``arena``).
+the decoder inverts it too.  Here: that attack, and one that knows the detectors (docs/detectors.md).  Not here:
+networks (``nets``), the run (``arena``).
 
 What differs from the paper, because it works better or costs the attacker less.  The encoder is fixed before the first
 batch: by default a mere rearrangement of pixels (``nets.folding``), which any convolutional segment learns sooner than
@@ -39,7 +39,7 @@ CRITIC_RATE: Final = 1e-3
 PENALTY: Final = 10.0
 BANK: Final = 256
 """Public samples that the moments are taken of, on each batch."""
-ROUNDS: Final = 800
+ROUNDS: Final = 500
 """Batches of public samples that the decoder is trained on."""
 BATCH: Final = 64
 BLUR: Final = 0.6
@@ -55,6 +55,8 @@ CERTAIN: Final = 0.35
 MARGIN: Final = 0.8
 """Of the detector's threshold, that is not passed."""
 EVADE: Final = "part"
+FAINT: Final = 1e-3
+"""Size of the answer to rows that are not hijacked, where others are."""
 
 READING: Final = 400
 """Batches of public samples that the judge's reader is trained on."""
@@ -82,12 +84,15 @@ class HijackingStrategy(Strategy):
 
     # --- one batch
 
-    def answer(self, heard: Heard, honest: torch.Tensor) -> torch.Tensor:
-        """What goes back for ``heard`` in place of the ``honest`` gradient: its size, another direction."""
+    def answer(self, heard: Heard, honest: torch.Tensor, loss: float | None) -> torch.Tensor:
+        """What goes back for ``heard`` in place of the ``honest`` gradient: its size, another direction.
+
+        ``loss``: the honest one of this batch, mean over rows, where this party computes it.
+        """
         return resized(self.pull(heard.activation), honest)
 
-    def forgotten(self) -> None:
-        """What was answered last did not stand."""
+    def forgotten(self, count: int) -> None:
+        """The last ``count`` batches that were answered do not stand; they come again."""
 
     def pull(self, received: torch.Tensor) -> torch.Tensor:
         """The gradient ``[rows, *cut shape]`` that draws ``received`` towards the attacker's space, of length 1 a row
@@ -162,6 +167,7 @@ class HijackingStrategy(Strategy):
         heard = self.hijacker.heard
         if not self._ready or not heard:
             return loot
+        torch.set_num_threads(1)  # more would wait for each other, over tensors as small as these
         if self.scene.options.get("space") != "learned":
             self._train_decoder(together=False)
         loot.tensors["recovered"] = self._redraw([one.activation for one in heard])
@@ -203,8 +209,7 @@ class _Hijacker(Listener):
 
     def __init__(self, honest: Segment, cut: str, strategy: HijackingStrategy) -> None:
         super().__init__(honest, cut, strategy)
-        self.losses: dict[int, float] = {}
-        """Mean loss of batches that are not answered yet, by ``id`` of their ``Heard``."""
+        self._losses: dict[int, float] = {}
         self._hijacking = strategy
 
     def forward(
@@ -220,7 +225,7 @@ class _Hijacker(Listener):
         before = self.score.loss
         made = super().forward(stage, inputs, labels, micro=micro, update=update, share=share)
         if update is not None and labels is not None and self._listens(stage) is not None:
-            self.losses[id(self._open[-1])] = (self.score.loss - before) / len(labels)
+            self._losses[micro] = (self.score.loss - before) / len(labels)
         return made
 
     def backward(
@@ -234,7 +239,7 @@ class _Hijacker(Listener):
         heard, honest = unanswered[0], back[which]
         if honest is None:
             honest = torch.zeros_like(heard.activation)
-        heard.gradient = back[which] = self._hijacking.answer(heard, honest)
+        heard.gradient = back[which] = self._hijacking.answer(heard, honest, self._losses.pop(micro, None))
         if self.batches in WATCHED or self.batches % 100 == 0:
             self._hijacking.watched.append((self.batches, heard))
         return back
@@ -243,18 +248,20 @@ class _Hijacker(Listener):
         gone = self._open
         super().forget()
         self._hijacking.watched = [one for one in self._hijacking.watched if one[1] not in gone]
-        self._hijacking.forgotten()
+        self._hijacking.forgotten(len(gone))
 
 
 def unit(gradient: torch.Tensor) -> torch.Tensor:
     """``gradient`` with rows of length 1 in the mean."""
-    return gradient / (gradient.flatten(1).norm(dim=1).mean() + 1e-12)
+    scaled: torch.Tensor = gradient / (gradient.flatten(1).norm(dim=1).mean() + 1e-12)
+    return scaled
 
 
 def resized(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``gradient`` with the mean length of the rows of ``like``; where those are 0, of a batch's mean loss."""
     length = like.flatten(1).norm(dim=1).mean()
-    return unit(gradient) * (float(length) if float(length) > 0 else 1.0 / len(gradient))
+    answer: torch.Tensor = unit(gradient) * (length if float(length) > 0 else 1.0 / len(gradient))
+    return answer
 
 
 def _places(heard: Iterable[Heard]) -> torch.Tensor:
@@ -298,12 +305,11 @@ class AdaptiveStrategy(HijackingStrategy):
         self.seen: list[Likeness] = []
         """What the detector sees, by hijacked batch."""
         self._loss: float | None = None
-        self._again = False
+        self._again = 0
 
-    def answer(self, heard: Heard, honest: torch.Tensor) -> torch.Tensor:
+    def answer(self, heard: Heard, honest: torch.Tensor, loss: float | None) -> torch.Tensor:
         assert self.hijacker is not None
-        again, self._again = self._again, False
-        loss = self.hijacker.losses.pop(id(heard), None)
+        again, self._again = self._again > 0, max(0, self._again - 1)
         if again or self._false(heard, loss) or not self._may_begin(heard, loss):
             self.evaded += self.began is not None
             self.pull(heard.activation)  # the critic learns from it all the same
@@ -316,9 +322,8 @@ class AdaptiveStrategy(HijackingStrategy):
             self.seen.append(seen)
         return resized(answer, honest)
 
-    def forgotten(self) -> None:
-        """What was answered last was a decoy's, so the same rows come again."""
-        self._again = True
+    def forgotten(self, count: int) -> None:
+        self._again = count
 
     def _false(self, heard: Heard, loss: float | None) -> bool:
         """Whether the labels are false, as far as the loss says; follows the loss of true ones."""
@@ -367,12 +372,11 @@ def _changed(way: str, pull: torch.Tensor, honest: torch.Tensor, weight: float) 
         mixed: torch.Tensor = (1 - weight) * _rows_of_one(pull) + weight * _rows_of_one(honest)
         return mixed
     if way == "centre":
-        return pull - weight * pull.mean(0, keepdim=True)
-    kept = max(1, round((1 - weight) * len(pull)))
-    answer = honest * (1e-3 / (honest.flatten(1).norm(dim=1).mean() + 1e-12))
-    chosen = torch.randperm(len(pull))[:kept]
-    answer[chosen] = pull[chosen]
-    return answer
+        centred: torch.Tensor = pull - weight * pull.mean(0, keepdim=True)
+        return centred
+    kept = torch.linspace(0, 1, len(pull)) >= weight  # the order of rows is a random one already
+    kept = kept.view(-1, *[1] * (pull.dim() - 1))
+    return torch.where(kept, pull, FAINT * honest)
 
 
 def _rows_of_one(gradient: torch.Tensor) -> torch.Tensor:
@@ -386,10 +390,7 @@ def _unseen(answer: torch.Tensor, classes: torch.Tensor) -> bool:
     seen = likeness(Gradients(answer), classes)
     if seen is None:
         return True
-    return any(
-        other <= MARGIN * COMMON or other <= MARGIN * SHARED * same
-        for other, same in ((seen.other_mean, seen.same_mean), (seen.heavy_other_mean, seen.heavy_same_mean))
-    )
+    return seen.common <= MARGIN * COMMON or seen.share <= MARGIN * SHARED
 
 
 def _classes(heard: Heard) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Decoder inversion with public samples: an honest server redraws what it receives.
 
-He, Zhang, Lee 2019, "Model inversion attacks against collaborative inference" (ACSAC): *black-box* (a decoder is trained
-on samples and their activations) and *query-free* (without a query to the victim's segment, a *shadow* of it takes its
-place).  Here: the query-free form, since a server cannot query: nobody gives it activations of samples of its choice.
+He, Zhang, Lee 2019, "Model inversion attacks against collaborative inference" (ACSAC): *black-box* (a decoder is
+trained on samples and their activations) and *query-free* (without a query to the victim's segment, a *shadow* of it
+takes its place).  Here: the query-free form, since a server cannot query: nobody gives it activations of samples of its choice.
 Also what all attacks of an honest server share: listening, shadows, and comparing with the truth.  Not here: networks
 (``nets``), attacks without public samples (``unsplit``), with a discriminator and no architecture (``simulator``).
 
@@ -65,10 +65,13 @@ FIRST: Final = 4
 """Batches of the run's beginning that are kept."""
 WATCHED: Final = 48
 """Samples that are recovered again and again, for the curve."""
-STEPS: Final = 700
-WARM: Final = 120
-"""Steps in which the decoder learns alone, before the shadow follows what it decodes."""
+STEPS: Final = {True: 700, False: 2400}
+"""Of shadow and decoder, for images and for anything else, whose networks are small."""
+WARM: Final = 6
+"""In the first of so many parts of them the decoder learns alone, before the shadow follows what it decodes."""
 BATCH: Final = 32
+FEW: Final = 64
+"""Numbers at a cut up to which their covariances are compared as well."""
 WIDTH: Final = 16
 
 
@@ -247,6 +250,11 @@ def batches(rows: int, size: int, generator: torch.Generator) -> Iterator[torch.
                 yield part
 
 
+def steps_of(scene: Scene) -> int:
+    """How long to train, unless the option ``steps`` says so."""
+    return int(scene.options.get("steps", STEPS[len(scene.shape) == 3]))
+
+
 def raw(scene: Scene, scaled: torch.Tensor) -> torch.Tensor:
     """Samples in [-1, 1] as the victims' functions scale them."""
     return (scaled + 1) / 2 * (scene.high - scene.low) + scene.low
@@ -273,16 +281,37 @@ class Shadowing:
         return torch.cat([self.decoder(part) for part in torch.split(activations, 256)])
 
 
+class _Moments:
+    """How far activations are from ``received`` in mean and deviation of every number, and where these are few, in their
+    covariances.
+    """
+
+    def __init__(self, received: torch.Tensor) -> None:
+        self._middle, self._spread = received.mean(0), received.std(0)
+        self._together = _covariance(received) if received[0].nelement() <= FEW else None
+
+    def __call__(self, made: torch.Tensor) -> torch.Tensor:
+        apart = functional.mse_loss(made.mean(0), self._middle) + functional.mse_loss(made.std(0), self._spread)
+        if self._together is not None:
+            apart = apart + functional.mse_loss(_covariance(made), self._together)
+        return apart
+
+
+def _covariance(x: torch.Tensor) -> torch.Tensor:
+    flat = x.flatten(1) - x.flatten(1).mean(0)
+    return flat.T @ flat / len(flat)
+
+
 def imitate(
     shadow: nn.Module,
     overheard: Overheard,
     scene: Scene,
     *,
     classify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    steps: int = STEPS,
+    steps: int,
     seed: int = 0,
     public: Mapping[str, torch.Tensor] | None = None,
-    warm: int = WARM,
+    warm: int | None = None,
     told: Callable[[int], None] = lambda step: None,
     adversarial: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     natural: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -294,15 +323,16 @@ def imitate(
     ``classify``: the loss of labels through what the server trained, weighed 0.3.  ``cycle``, ``moments``: weights of
     the two terms of the module's docstring.  ``adversarial``: a further term of the shadow's loss, of the rows of
     public samples, their scaled activations, and the rows of received ones.  ``natural``: a further term of the
-    decoder's loss, of what it decodes from received activations.  ``public``: in place of the scene's.  ``warm``: steps
-    before the shadow begins to learn; with as many as ``steps`` it stays as it is.
+    decoder's loss, of what it decodes from received activations.  ``public``: in place of the scene's.  ``warm``:
+    steps before the shadow begins to learn; with as many as ``steps`` it stays as it is.
     """
     public = scene.public if public is None else public
+    warm = steps // WARM if warm is None else warm
     samples, labels = public["x"].float(), public.get("y")
     wanted = scene.scaled(samples)
     scale = Scale(overheard.activations)
     received = scale(overheard.activations)
-    middle, spread = received.mean(0), received.std(0)
+    like_moments = _Moments(received)
     chance = torch.Generator().manual_seed(seed)
     treated = sent_as(scene.graph, scene.cut, chance)
     watched: list[torch.Tensor] = []
@@ -312,7 +342,8 @@ def imitate(
         decoder = nn.Sequential(scale, nets.decoder(scene.cut_shape, scene.shape, width=WIDTH))
         learns = torch.optim.Adam(decoder.parameters(), lr=1e-3)
         follows = torch.optim.Adam([p for p in shadow.parameters() if p.requires_grad], lr=1e-3)
-        rates = [torch.optim.lr_scheduler.CosineAnnealingLR(one, steps, eta_min=1e-4) for one in (learns, follows)]
+        slower = torch.optim.lr_scheduler.CosineAnnealingLR(learns, steps, eta_min=1e-4)
+        later = torch.optim.lr_scheduler.CosineAnnealingLR(follows, max(1, steps - warm), eta_min=1e-4)
         shadow.train()
         own, theirs = batches(len(samples), BATCH, chance), batches(len(received), BATCH, chance)
         for step in range(1, steps + 1):
@@ -332,8 +363,7 @@ def imitate(
                         seen = raw(scene, decoder(overheard.activations[heard]))
                     loss = loss + cycle * functional.mse_loss(scale(shadow(seen)), received[heard])
                 if moments:
-                    apart = functional.mse_loss(scaled.mean(0), middle) + functional.mse_loss(scaled.std(0), spread)
-                    loss = loss + moments * apart
+                    loss = loss + moments * like_moments(scaled)
                 if adversarial is not None:
                     loss = loss + adversarial(rows, scaled, heard)
                 if classify is not None and labels is not None:
@@ -341,8 +371,8 @@ def imitate(
                 follows.zero_grad()
                 loss.backward()
                 follows.step()
-            for rate in rates:
-                rate.step()
+                later.step()
+            slower.step()
             if step % max(1, steps // 10) == 0 or step == steps:
                 with torch.no_grad():
                     watched.append(decoder.eval()(overheard.activations[:WATCHED]))
@@ -373,7 +403,7 @@ class InversionStrategy(Eavesdropper):
         loot = Loot(numbers={"batches": self.listener.batches})
         if heard is None or "x" not in scene.public:
             return loot
-        steps = int(scene.options.get("steps", STEPS))
+        steps = steps_of(scene)
         known = first_weights(scene)
         shadow = known if known is not None else own_segment(scene, heard)
         whole = 2 * steps if known is not None else steps

@@ -46,6 +46,7 @@ __all__ = [
     "Overhearing",
     "agreement",
     "auc",
+    "classifies",
     "clusters",
     "dominant_direction",
     "match_gradients",
@@ -382,7 +383,7 @@ class LabelInference(CutAttack):
                 field=field,
                 label_field=labels.field,
             )
-        if not any(_classifies(graph, labels) for labels in graph.labels):
+        if not any(classifies(graph, labels) for labels in graph.labels):
             return "no loss here compares with one of several labels, so there is no label to infer"
         if ground.attacker is not None:
             return f"{ground.attacker} receives no gradients, or the graph gives it the labels: nothing to infer"
@@ -482,7 +483,7 @@ def _see(graph: Graph, edge: Labels) -> set[str]:
     return {*graph.members(edge.source), *graph.members(graph.segments[edge.target].at)}
 
 
-def _classifies(graph: Graph, edge: Labels) -> bool:
+def classifies(graph: Graph, edge: Labels) -> bool:
     """Whether the loss compares with one of several labels, rather than with a measurement."""
     loss = graph.segments[edge.target].loss
     if loss in ("cross_entropy", "nll"):
@@ -496,7 +497,7 @@ def _gradients_to(graph: Graph) -> Iterator[tuple[str, Any, Labels]]:
     The cut nearest to the loss first: less stands between label and gradient.
     """
     for labels in graph.labels:
-        if not _classifies(graph, labels):
+        if not classifies(graph, labels):
             continue
         reached = {labels.target}
         waiting = [labels.target]

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -533,6 +533,69 @@ def _shared(private: bytes, public: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
 
 
+def forged_accept(
+    hello: bytes, contract: bytes, *, dialer: bytes, listener: bytes, stolen: bytes, es: bytes, post_quantum: bool
+) -> bytes:
+    """The answer to ``hello`` by somebody who has the dialer's private key and not the listener's.
+
+    ``dialer``, ``listener``: public keys.  ``es``: what is taken for DH(e of the dialer, s of the listener).
+    """
+    message = hello[len(MAGIC) + 1 + SHORT_DIGEST_SIZE :]
+    noise = _beginning(b"IK", handshake.HYBRID if post_quantum else None, handshake.PROLOGUE, contract, listener)
+    ephemeral, static, payload = message[:32], message[32:80], message[80:]
+    noise.mix_hash(ephemeral)
+    noise.mix_key(es)
+    noise.mix_hash(static)
+    noise.mix_key(_shared(stolen, listener))  # ss
+    noise.mix_hash(payload)
+    return bytes([ACCEPT]) + _answer(noise, ephemeral, dialer, post_quantum)
+
+
+def forged_hello(contract: bytes, *, dialer: bytes, listener: bytes, ss: bytes, post_quantum: bool) -> bytes:
+    """A hello by somebody who has not the dialer's private key.  ``ss``: DH(s of the dialer, s of the listener), which
+    the private key of either gives.
+    """
+    noise = _beginning(b"IK", handshake.HYBRID if post_quantum else None, handshake.PROLOGUE, contract, listener)
+    own = X25519PrivateKey.generate()
+    noise.mix_hash(_public(own))
+    noise.mix_key(_shared(own.private_bytes_raw(), listener))  # es
+    static = noise.encrypt_and_hash(dialer)
+    noise.mix_key(ss)
+    payload = noise.encrypt_and_hash(hybrid.EphemeralKey(os.urandom).encapsulation_key if post_quantum else b"")
+    return MAGIC + bytes([VERSION]) + contract[:SHORT_DIGEST_SIZE] + _public(own) + static + payload
+
+
+def forged_answer(key: bytes, contract: bytes, message: bytes, *, es: bytes, post_quantum: bool) -> bytes:
+    """The answer of a circuit's hop whose public key is ``key`` by somebody who has not the private one.
+
+    ``es``: what is taken for DH(e of the origin, s of the hop).
+    """
+    noise = _beginning(b"NK", layer.HYBRID if post_quantum else None, layer.PROLOGUE, contract, key)
+    ephemeral, payload = message[:32], message[32:]
+    noise.mix_hash(ephemeral)
+    noise.mix_key(es)
+    noise.mix_hash(payload)
+    return _answer(noise, ephemeral, None, post_quantum)
+
+
+def _beginning(pattern: bytes, with_kem: bytes | None, without: bytes, contract: bytes, known: bytes) -> SymmetricState:
+    """Noise's state before the first message, where the responder's public key is ``known``."""
+    noise = SymmetricState(b"Noise_" + pattern + b"_25519_AESGCM_SHA256")
+    noise.mix_hash((without if with_kem is None else with_kem + b" ") + contract)
+    noise.mix_hash(known)
+    return noise
+
+
+def _answer(noise: SymmetricState, ephemeral: bytes, static: bytes | None, post_quantum: bool) -> bytes:
+    """e, ee, and se where the initiator has a static key; then a ciphertext of ML-KEM, made up."""
+    own = X25519PrivateKey.generate()
+    noise.mix_hash(_public(own))
+    noise.mix_key(_shared(own.private_bytes_raw(), ephemeral))
+    if static is not None:
+        noise.mix_key(_shared(own.private_bytes_raw(), static))
+    return _public(own) + noise.encrypt_and_hash(os.urandom(hybrid.CIPHERTEXT_SIZE) if post_quantum else b"")
+
+
 class CompromisedDialer(Man):
     """Has the private key of a party that dials, and answers it in place of the one that listens.
 
@@ -558,26 +621,16 @@ class CompromisedDialer(Man):
 
     def _forged(self, hello: bytes) -> bytes:
         graph = self.own()
-        keys = keys_of(graph)
-        theirs, ours, stolen = keys[self._victim], keys[self.listener], self.stolen(self._victim)
-        message = hello[len(MAGIC) + 1 + SHORT_DIGEST_SIZE :]
-        noise = SymmetricState(b"Noise_IK_25519_AESGCM_SHA256")
-        noise.mix_hash((handshake.HYBRID + b" " if graph.post_quantum else handshake.PROLOGUE) + digest(graph))
-        noise.mix_hash(ours)
-        ephemeral, rest = message[:32], message[32:]
-        noise.mix_hash(ephemeral)
-        noise.mix_key(_shared(stolen, ours))  # es is what it cannot compute
-        noise.mix_hash(rest[:48])
-        noise.mix_key(_shared(stolen, ours))  # ss
-        noise.mix_hash(rest[48:])
-        own = X25519PrivateKey.generate()
-        noise.mix_hash(_public(own))
-        noise.mix_key(_shared(own.private_bytes_raw(), ephemeral))  # ee
-        noise.mix_key(_shared(own.private_bytes_raw(), theirs))  # se
-        payload = b""
-        if graph.post_quantum:
-            payload, _ = hybrid.EncapsulationKey(hybrid.EphemeralKey(os.urandom).encapsulation_key).encapsulate()
-        return bytes([ACCEPT]) + _public(own) + noise.encrypt_and_hash(payload)
+        keys, stolen = keys_of(graph), self.stolen(self._victim)
+        return forged_accept(
+            hello,
+            digest(graph),
+            dialer=keys[self._victim],
+            listener=keys[self.listener],
+            stolen=stolen,
+            es=_shared(stolen, keys[self.listener]),
+            post_quantum=graph.post_quantum,
+        )
 
 
 class CompromisedListener(Man):
@@ -591,19 +644,13 @@ class CompromisedListener(Man):
         graph = self.own()
         keys = keys_of(graph)
         victim = next(link.dialer for link in graph.links() if link.listener == self.listener)
-        stolen, theirs = self.stolen(self.listener), keys[self.listener]
-        own = X25519PrivateKey.generate()
-        noise = SymmetricState(b"Noise_IK_25519_AESGCM_SHA256")
-        noise.mix_hash((handshake.HYBRID + b" " if graph.post_quantum else handshake.PROLOGUE) + digest(graph))
-        noise.mix_hash(theirs)
-        noise.mix_hash(_public(own))
-        noise.mix_key(_shared(own.private_bytes_raw(), theirs))  # es
-        static = noise.encrypt_and_hash(keys[victim])
-        noise.mix_key(_shared(stolen, keys[victim]))  # ss, by the stolen key
-        payload = noise.encrypt_and_hash(
-            hybrid.EphemeralKey(os.urandom).encapsulation_key if graph.post_quantum else b""
+        hello = forged_hello(
+            digest(graph),
+            dialer=keys[victim],
+            listener=keys[self.listener],
+            ss=_shared(self.stolen(self.listener), keys[victim]),
+            post_quantum=graph.post_quantum,
         )
-        hello = MAGIC + bytes([VERSION]) + digest(graph)[:SHORT_DIGEST_SIZE] + _public(own) + static + payload
         caller = Caller(self.address())
         caller.says(bytes(Stream(Role.DIALS).control) + frame_header(len(hello)) + hello)
         frames = caller.hears(until=bool)
@@ -685,21 +732,9 @@ class RelayThief(Impostor):
         """Be the far end whose key is ``key``."""
         self.struck = True
         graph = self.own()
-        noise = SymmetricState(b"Noise_NK_25519_AESGCM_SHA256")
-        noise.mix_hash((layer.HYBRID + b" " if graph.post_quantum else layer.PROLOGUE) + digest(graph))
-        noise.mix_hash(key)
-        ephemeral, rest = message[:32], message[32:]
-        noise.mix_hash(ephemeral)
-        noise.mix_key(bytes(32))  # es is what it cannot compute
-        noise.mix_hash(rest)
-        own = X25519PrivateKey.generate()
-        noise.mix_hash(_public(own))
-        noise.mix_key(_shared(own.private_bytes_raw(), ephemeral))
-        payload = b""
-        if graph.post_quantum:
-            payload, _ = hybrid.EncapsulationKey(hybrid.EphemeralKey(os.urandom).encapsulation_key).encapsulate()
+        answer = forged_answer(key, digest(graph), message, es=bytes(32), post_quantum=graph.post_quantum)
         hop._place = Place.END
-        hop._say(Command.EXTENDED, _public(own) + noise.encrypt_and_hash(payload))
+        hop._say(Command.EXTENDED, answer)
 
     def ends(self) -> None:
         Man.ends(self)
@@ -763,7 +798,10 @@ BY_NAME: Final = {case.name: case for case in CASES}
 
 
 class NetworkAbuse(Attack):
-    """Every case that applies to the graph, one after the other.  ``cases``: only these, by name."""
+    """Every case that applies to the graph, one after the other.
+
+    ``cases``: only these, by name.  ``nest``: where party processes come from; else one of its own.
+    """
 
     name: ClassVar[str] = "network-abuse"
     title: ClassVar[str] = "Network abuse"
@@ -771,7 +809,8 @@ class NetworkAbuse(Attack):
     source: ClassVar[str] = "ours"
     tries: ClassVar[str] = "tampers, replays, reorders, downgrades, impersonates"
 
-    def __init__(self, cases: Sequence[str] | None = None) -> None:
+    def __init__(self, cases: Sequence[str] | None = None, nest: Nest | None = None) -> None:
+        self._nest = nest
         self.cases = [BY_NAME[name] for name in cases] if cases is not None else list(CASES)
 
     def run(self, ground: Ground) -> Outcome:
@@ -780,7 +819,7 @@ class NetworkAbuse(Attack):
         if not wanted:
             judged = Judgement("does not apply", "no two parties are connected here, so there is no line to be on")
             return self.outcome(ground, judged, seconds=time.monotonic() - began)
-        with Nest() as nest:
+        with Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
             peace = Peace.on(ground, self.name, nest.python)
             found = []
@@ -845,7 +884,8 @@ def judge(case: Meddling, fought: Fought, peace: Peace, man: Man) -> Case:
         party, failure = next(iter(faults.items()))
         return found(False, f"{party} stopped with {failure['code']}: {line_of(failure)}")
     ranked = sorted(
-        fought.failures.items(), key=lambda one: (ENDED.index(one[1]["code"]), "stopped" in line_of(one[1]))
+        fought.failures.items(),
+        key=lambda one: (ENDED.index(one[1]["code"]), "last try" not in one[1]["text"], "stopped" in line_of(one[1])),
     )
     party, failure = ranked[0]
     return found(True, f"the run ended; {party}: {line_of(failure)}")

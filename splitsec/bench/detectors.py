@@ -450,7 +450,7 @@ class Hijacker:
         between = (share * one + (1 - share) * other).requires_grad_()
         slope = torch.autograd.grad(self._judge(between).sum(), between, create_graph=True)[0]
         lengths: torch.Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
-        return (lengths - 1).square().mean()
+        return torch.sub(lengths, 1).square().mean()
 
 
 def _pair(shape: tuple[int, ...], cut: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:

@@ -20,6 +20,8 @@ from splitsec.samples import Samples, epoch_order, read_own
 from splitsec.schedule import EVALUATE, TRAIN, HandOn, Turn, run_schedule, steps_of
 from splitsec.segments import Score, Segment, build_segments
 
+torch.set_num_threads(1)
+
 Change = Callable[[Edge, torch.Tensor], torch.Tensor]
 
 

@@ -278,6 +278,24 @@ def test_a_meter_reserves_a_block_of_what_comes_next(ledger: Ledger, monkeypatch
     assert (ledger.releases(stem(ledger)) == 2).all()
 
 
+def test_one_more_release_of_what_has_just_left_keeps_the_order_of_the_rest(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ledger.dataset("train", ids(*range(100))).slots
+    sizes = counted(ledger, monkeypatch)
+    meter = Meter(ledger, delta=DELTA, budget=None, block=50)
+    meter.expect(rows)
+    for start in range(0, 100, 10):
+        meter.spend(stem(ledger), rows[start : start + 10])
+        if start == 20:
+            for again in (20, 25):  # in two micro-batches
+                meter.spend(stem(ledger), rows[again : again + 5], again=True)
+            assert (ledger.releases(stem(ledger))[20:30] == 2).all()
+    assert sizes == [50, 5, 5, 50]
+    meter.close(True)
+    assert ledger.releases(stem(ledger)).tolist() == [1] * 20 + [2] * 10 + [1] * 70
+
+
 def test_what_a_short_turn_left_serves_the_next_and_the_rest_is_given_back(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_page_is_well_formed_and_names_everything() -> None:
     assert {"viewport", "color-scheme"} <= {attributes.get("name") for attributes in elements.of("meta")}
 
 
+@pytest.mark.threat("T136")
 def test_nothing_is_loaded_and_nothing_runs() -> None:
     """No element that could fetch or run, no address but data: pictures, and a policy that says so to the browser."""
     text = page(HOSTILE, [hostile(), full()], undefended=True, failed=[Failed(HOSTILE, HOSTILE, HOSTILE)])
@@ -172,6 +173,7 @@ def test_nothing_is_loaded_and_nothing_runs() -> None:
     assert f"style-src 'sha256-{digest}'" in policy, "the browser would show the page bare"
 
 
+@pytest.mark.threat("T136")
 def test_hostile_names_are_shown_and_not_obeyed() -> None:
     text = page(HOSTILE, [hostile()], undefended=False, about={HOSTILE: HOSTILE}, waiting=[HOSTILE])
     assert "<script" not in text and "onerror=alert(1)>" not in text
@@ -180,6 +182,7 @@ def test_hostile_names_are_shown_and_not_obeyed() -> None:
     assert said.count(HOSTILE) >= 15, "shown as text, to the letter"
 
 
+@pytest.mark.threat("T136")
 def test_control_and_direction_characters_do_not_get_through() -> None:
     nasty = "a\x1b[31mb\x00c\u202ed\ud800e\nf"
     assert clean(nasty) == "a\ufffd[31mb\ufffdc\ufffdd\ufffde f"
@@ -359,6 +362,7 @@ def test_the_page_states_what_counts_as_recovered_as_the_attacks_do() -> None:
     assert "half of that error or less counts as recovered, up to 85 % of it as partly recovered" in text
 
 
+@pytest.mark.threat("T135")
 def test_a_report_is_written_all_at_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     save(file, "old")

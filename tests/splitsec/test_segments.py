@@ -151,6 +151,7 @@ def test_a_rate_of_its_own_stays_where_the_optimizer_does_not_change_it() -> Non
     assert taker.optimizer.param_groups[0]["lr"] == 0.3
 
 
+@pytest.mark.threat("T132")
 @pytest.mark.parametrize(
     ("tensors", "plain"),
     [
@@ -171,6 +172,7 @@ def test_state_that_does_not_fit_is_refused(tensors: dict[str, Tensor], plain: d
         segment.take_over({**weights, **tensors}, plain)
 
 
+@pytest.mark.threat("T132")
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -696,7 +696,7 @@ def test_a_hop_that_lies_to_the_origin_ends_the_circuit(at: int, plain: bytes) -
     assert onion.got == ([], [])
 
 
-@pytest.mark.threat("T48")
+@pytest.mark.threat("T48", "T126")
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("command", [Command.DATA, Command.COVER])
 def test_a_relay_cannot_speak_for_the_far_end(at: int, command: Command) -> None:

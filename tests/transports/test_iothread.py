@@ -597,7 +597,7 @@ class Chain:
         assert {self.b.next(), self.b.next()} == {Opened(self.a.key), Opened(self.c.key)}
 
 
-@pytest.mark.threat("T47")
+@pytest.mark.threat("T47", "T129")
 def test_two_peers_talk_through_a_third_who_cannot_read(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[bytes] = []  # all that B's links give out
     went: list[bytes] = []  # and what is left of it under B's layer, or gets one
@@ -691,7 +691,7 @@ def test_nobody_is_passed_on_to_whom_the_contract_does_not_say(party: Make, allo
     assert isinstance(chain.c.next(), Closed)
 
 
-@pytest.mark.threat("T31", "T48")
+@pytest.mark.threat("T31", "T48", "T126")
 @pytest.mark.parametrize("whose", ["its own", "the relay's"])
 def test_nobody_can_speak_for_the_far_end(party: Make, caplog: pytest.LogCaptureFixture, whose: str) -> None:
     """D reaches A by the way on which C would come, and proves another key than C's: one that A knows, from a link."""

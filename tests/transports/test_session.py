@@ -348,7 +348,7 @@ def test_ready_says_all_that_it_was_given() -> None:
     )
 
 
-@pytest.mark.threat("T14")
+@pytest.mark.threat("T14", "T127")
 def test_the_listener_accepts_nothing_before_ready() -> None:
     """Whoever repeats somebody's hello gets an answer, and no further."""
     clock = FakeClock()
