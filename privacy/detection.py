@@ -11,10 +11,12 @@ Not here: which rule applies to which cut, and what an alarm does (``splitsec/de
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
-from dataclasses import dataclass, fields
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "false_order",
     "likeness",
 ]
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 # --- thresholds -------------------------------------------------------------------------------------------------------
 
@@ -79,7 +83,8 @@ SETTLED: Final = 20
 """Steps with any gradient at all before ``JUMP`` is asked for."""
 
 ONE_WAY: Final = 0.9
-"""Length of the sum of a step's gradients over the sum of their lengths, mean of ``ONE_WAY_STEPS``, for a warning."""
+"""Length of the sum of a step's gradients over the sum of their lengths, as they are and each scaled to length 1,
+whichever is less; mean of ``ONE_WAY_STEPS`` steps.  For a warning."""
 
 ONE_WAY_STEPS: Final = 20
 ONE_WAY_ROWS: Final = 8
@@ -99,7 +104,7 @@ NEVER_FELL: Final = 0.98
 """Share of the first measurement above which all later ones lie, where a loss follows nothing."""
 
 EXPLODED: Final = 5.0
-"""Times the first measurement, for a loss that grows."""
+"""Times the largest loss of the first ``LOSS_MEAN`` steps, for the median of as many: one hard sample is no growth."""
 
 
 _NOTHING: Final = 1e-15
@@ -110,32 +115,36 @@ _NOTHING: Final = 1e-15
 
 
 class Gradients:
-    """The gradients of one step: ``tensor`` ``[rows, ...]``, flattened, with their norms (float64 ``[rows]``).
+    """The gradients of one step: ``tensor`` ``[rows, ...]``, flattened to ``rows``, with their norms.
 
     Numbers so small or large that their squares may leave float32 are divided by the largest, ``scale``, first.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         rows = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(-1, 1)
-        if rows.dtype != torch.float32:
-            rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        largest = float(norms.max()) if len(norms) else 0.0
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        self.scaled_norms = _norms(rows)
+        """Float64 ``[rows]``, of ``rows``."""
         self.scale = 1.0
+        largest = float(self.scaled_norms.max(initial=0.0))
         if rows.numel() and not 1e-3 < largest < 1e15:
             most = float(rows.abs().max())
             if most > 0:
                 self.scale = most
                 rows = rows / most
-                norms = torch.linalg.vector_norm(rows, dim=1)
+                self.scaled_norms = _norms(rows)
         self.rows = rows
-        self.scaled_norms = norms.double()
 
     @property
-    def norms(self) -> torch.Tensor:
-        """Of each row, float64, as it came."""
-        norms: torch.Tensor = self.scaled_norms * self.scale
-        return norms
+    def norms(self) -> Floats:
+        """Float64 ``[rows]``, as they came."""
+        return self.scaled_norms * self.scale
+
+
+def _norms(rows: torch.Tensor) -> Floats:
+    norms: Floats = torch.linalg.vector_norm(rows, dim=1).cpu().numpy().astype(np.float64)
+    return norms
 
 
 # --- label agreement --------------------------------------------------------------------------------------------------
@@ -163,7 +172,19 @@ class Likeness:
     """Rows that do not have the most frequent label."""
 
     def __add__(self, more: Likeness) -> Likeness:
-        return Likeness(*(getattr(self, one.name) + getattr(more, one.name) for one in fields(Likeness)))
+        return Likeness(  # written out: it runs in every step
+            self.same + more.same,
+            self.same_weight + more.same_weight,
+            self.other + more.other,
+            self.other_weight + more.other_weight,
+            self.heavy_same + more.heavy_same,
+            self.heavy_same_weight + more.heavy_same_weight,
+            self.heavy_other + more.heavy_other,
+            self.heavy_other_weight + more.heavy_other_weight,
+            self.same_pairs + more.same_pairs,
+            self.other_pairs + more.other_pairs,
+            self.outside + more.outside,
+        )
 
     @property
     def same_mean(self) -> float:
@@ -216,44 +237,43 @@ def likeness(gradients: Gradients, labels: torch.Tensor) -> Likeness | None:
     From sums by class, not pair by pair: |sum of unit rows|^2 is the sum of all cosines.  Rows without a gradient are
     left out.  None where no two rows with different labels are left.
     """
-    norms = gradients.scaled_norms
+    rows, norms, known = gradients.rows, gradients.scaled_norms, labels.cpu().numpy()
     there = norms > _NOTHING
-    rows = gradients.rows
-    if not bool(there.all()):
-        rows, norms, labels = rows[there], norms[there], labels[there]
-    n = len(rows)
+    if not there.all():
+        rows, norms, known = rows[torch.from_numpy(there)], norms[there], known[there]
+    n = len(norms)
     if n < 2:
         return None
-    which = torch.unique(labels, return_inverse=True)[1]
-    members = torch.nn.functional.one_hot(which).T.to(torch.float64)  # [classes, n]
-    classes, sizes = len(members), members.sum(1)
+    which = np.unique(known, return_inverse=True)[1]
+    sizes = np.bincount(which)
     outside = n - int(sizes.max())
     if not outside:
         return None
+    members = np.zeros((len(sizes), n))
+    members[which, np.arange(n)] = 1.0
+    mixed = np.concatenate([members / norms, members / norms.max()])
+    sums = torch.from_numpy(mixed).to(rows) @ rows
+    products = (sums @ sums.T).double().cpu().numpy()
+    classes = len(sizes)
+    light = _pairs(products[:classes, :classes], sizes.astype(np.float64), float(n))
     weights = norms / norms.max()
-    mixed = torch.cat([members / norms, members / norms.max()]).to(rows.dtype)
-    sums = (mixed @ rows).double()
-    light = _pairs(sums[:classes], members, torch.ones_like(weights))
-    heavy = _pairs(sums[classes:], members, weights)
-    same_pairs = int((sizes * (sizes - 1)).sum()) // 2
+    heavy = _pairs(products[classes:, classes:], members @ weights, float(weights @ weights))
+    same_pairs = int(sizes @ (sizes - 1)) // 2
     return Likeness(*light, *heavy, same_pairs, n * (n - 1) // 2 - same_pairs, outside)
 
 
-def _pairs(sums: torch.Tensor, members: torch.Tensor, weights: torch.Tensor) -> tuple[float, float, float, float]:
+def _pairs(products: Floats, weights: Floats, squares: float) -> tuple[float, float, float, float]:
     """Weighted sums of cosines over pairs of one class and of two, and the weights; all over the weight of both.
 
-    ``sums`` ``[classes, numbers]``: of weighted unit rows, by class; ``weights`` ``[rows]``.
+    ``products`` ``[classes, classes]``: of the sums of weighted unit rows; ``weights`` ``[classes]``: sums of theirs;
+    ``squares``: sum of all squared weights, which are pairs of a row with itself.
     """
-    squares = float((weights * weights).sum())
-    by_class = members @ weights
-    inside = float((sums * sums).sum())
-    total = sums.sum(0)
-    same, same_weight = inside - squares, float((by_class * by_class).sum()) - squares
-    other, other_weight = float(total @ total) - inside, float(by_class.sum()) ** 2 - float((by_class * by_class).sum())
+    inside, inside_weight = float(products.trace()), float(weights @ weights)
+    same, same_weight = inside - squares, max(0.0, inside_weight - squares)
+    other, other_weight = float(products.sum()) - inside, float(weights.sum()) ** 2 - inside_weight
     whole = same_weight + other_weight
     if not whole > 1e-12:  # one row is all there is
         return 0.0, 0.0, 0.0, 0.0
-    same_weight = max(same_weight, 0.0)
     return same / whole, same_weight / whole, other / whole, other_weight / whole
 
 
@@ -388,8 +408,12 @@ class OneWayRule:
     def add(self, gradients: Gradients) -> float | None:
         """Take one step; the mean over the last ones, or None where they are too few."""
         norms = gradients.scaled_norms
-        if int((norms > 0).sum()) >= ONE_WAY_ROWS:
-            self._lengths.append(float(gradients.rows.sum(0).double().norm()) / float(norms.sum()))
+        there = norms > _NOTHING
+        rows = int(there.sum())
+        if rows >= ONE_WAY_ROWS:
+            weights = np.stack([there / np.maximum(norms, _NOTHING) / rows, there / norms.sum()])
+            sums = torch.from_numpy(weights).to(gradients.rows) @ gradients.rows
+            self._lengths.append(float(_norms(sums).min()))
         return sum(self._lengths) / ONE_WAY_STEPS if len(self._lengths) == ONE_WAY_STEPS else None
 
     @staticmethod
@@ -408,7 +432,7 @@ class ReplayRule:
         """Take the gradients of ``step``; the step that had the same, or None."""
         if int((gradients.scaled_norms > 0).sum()) < REPLAYED_ROWS:
             return None
-        mark = gradients.norms.numpy().tobytes()
+        mark = gradients.norms.tobytes()
         before = next((number for number, known in self._known if known == mark), None)
         self._known.append((step, mark))
         return before
@@ -423,11 +447,13 @@ class LossRule:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=LOSS_MEAN)
         self._steps = 0
+        self._largest = math.inf
         self.first = math.nan
         """Mean of the first ``LOSS_MEAN`` steps."""
         self.lowest = math.inf
         """The lowest mean of as many since."""
         self.last = math.nan
+        """Median of the last ones."""
 
     def add(self, loss: float) -> str | None:
         """Take one step's mean loss; ``never fell``, ``exploded``, or None."""
@@ -435,12 +461,12 @@ class LossRule:
         self._steps += 1
         if len(self._recent) < LOSS_MEAN:
             return None
-        self.last = sum(self._recent) / LOSS_MEAN
+        mean, self.last = statistics.fmean(self._recent), statistics.median(self._recent)
         if math.isnan(self.first):
-            self.first = self.last
+            self.first, self._largest = mean, max(self._recent)
             return None
-        self.lowest = min(self.lowest, self.last)
-        if self.first > 0 and self.last > EXPLODED * self.first:
+        self.lowest = min(self.lowest, mean)
+        if self._largest > 0 and self.last > EXPLODED * self._largest:
             return "exploded"
         never = self._steps >= LOSS_STEPS and self.first > 0 and self.lowest > NEVER_FELL * self.first
         return "never fell" if never else None

@@ -182,7 +182,7 @@ class _StepRun:
         self.give_labels()
         while not self.over:
             if not (self.forward_next() or self.backward_next()):
-                self.guard.wait(on=self.waits_for())
+                self.guard.wait_for_answer(self.waits_for())
 
     # --- what may come to nothing
 
@@ -213,7 +213,7 @@ class _StepRun:
             for lane in sorted(lanes):
                 if (message := self.guard.peek(lane)) is not None:
                     return message.key[0]
-            self.guard.wait(on={party for party, _ in lanes})
+            self.guard.wait_for_answer({party for party, _ in lanes})
 
     def all_labels(self) -> dict[str, torch.Tensor]:
         """This party's labels by field, over all rows of the step."""

@@ -478,6 +478,13 @@ class Timeouts(_Entry):
         le=86400 * 7,
         description="seconds without a connection after which a party is given up, and the run ends",
     )
+    answer: float = Field(
+        default=900.0,
+        gt=0,
+        le=86400 * 7,
+        description="seconds without a word from anybody in the middle of a step, though connections are alive, after "
+        "which the run ends; longer than any party's longest step",
+    )
 
 
 class Privacy(_Entry):

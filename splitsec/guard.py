@@ -87,6 +87,7 @@ class Guard:
         thread: MessageThread,
         *,
         connect_timeout: float,
+        answer_timeout: float | None = None,
         together: bool = True,
         safeguards: Safeguards | None = None,
         on_call: Collection[str] = (),
@@ -108,6 +109,7 @@ class Guard:
         self._leaving: set[str] = set()
         self._gone: dict[str, PeerError] = {}
         self._connect_timeout = connect_timeout
+        self._answer_timeout = answer_timeout
         self.on_opened: Callable[[str], None] = lambda party: None
         self.on_interrupted: Callable[[str, str, float], None] = lambda party, why, seconds: None
         """``(party, why, seconds)``: its connection broke, and is tried again for so long."""
@@ -233,6 +235,21 @@ class Guard:
         while not self._waiting[lane]:
             self.wait(on=(lane[0],))
         return self._waiting[lane].popleft()
+
+    def wait_for_answer(self, on: Iterable[str]) -> None:
+        """Wait for the next event in the middle of a step, which needs something of the parties ``on``.
+
+        Raises ``PeerLost`` where nobody says anything for as long as the graph allows, though connections are alive.
+        """
+        on = sorted(on)
+        if not self.wait(on=on, timeout=self._answer_timeout):
+            raise PeerLost(
+                f"is connected, but has sent nothing that the step needs for {self._answer_timeout:g} s",
+                party=on[0] if on else self.plan.party,
+                expected=f"what it owes us ({', '.join(on)})" if on[1:] else "the answer to what we sent, or its share",
+                fix="look at that party's log, whether it computes, or waits for a third; if its steps take so long, "
+                "raise `timeouts: {answer: ...}` in the graph file",
+            )
 
     def wait(self, *, on: Iterable[str] = (), timeout: float | None = None) -> bool:
         """Wait for the next event and deal with it; False if ``timeout`` seconds pass without one.

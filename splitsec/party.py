@@ -156,6 +156,7 @@ def open_guard(
         {party: key for key, party in names.items()},
         thread,
         connect_timeout=graph.timeouts.connect,
+        answer_timeout=graph.timeouts.answer,
         together=together,
         safeguards=safeguards,
         on_call=[names[peer.key] for peer in peers if peer.on_call],

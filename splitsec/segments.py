@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
-from splitsec.errors import PartyFileError, UnsafeSegment
+from splitsec.errors import PartyFileError, PeerMisbehaved, UnsafeSegment
 from splitsec.graph import CUSTOM, LOSSES, Graph
 from splitsec.messages import finite
 from splitsec.partyfile import PartyFile
@@ -37,6 +37,9 @@ __all__ = ["Score", "Segment", "build_segments", "join_inputs", "output_of"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+IGNORED: Final = -100
+"""The label of samples that torch's own losses leave out."""
+
 
 def _correct(loss: str | None, output: torch.Tensor, labels: torch.Tensor) -> int | None:
     """How many of a batch are classified right, or None where the loss is no classification's."""
@@ -48,6 +51,21 @@ def _correct(loss: str | None, output: torch.Tensor, labels: torch.Tensor) -> in
     else:
         return None
     return int(hits.flatten(1).all(1).sum()) if hits.dim() > 1 else int(hits.sum())
+
+
+def _check_classes(loss: str | None, produced: Any, labels: torch.Tensor, edge: Edge) -> None:
+    """Raise ``PeerMisbehaved`` where another party's labels are none of the classes that the segment tells apart."""
+    if loss not in ("cross_entropy", "nll") or labels.dtype != torch.int64 or not isinstance(produced, torch.Tensor):
+        return
+    classes = produced.shape[1] if produced.dim() >= 2 else 0
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
+    if classes and bool(wrong.any()):
+        raise PeerMisbehaved(
+            f"sent the label {int(labels[wrong][0])} for {edge.target!r}",
+            party=edge.source_party,
+            expected=f"classes from 0 to {classes - 1}",
+            fix="make labels and the last layer agree",
+        )
 
 
 @dataclass
@@ -185,6 +203,8 @@ class Segment:
             for edge in stage.outputs:
                 flight.outputs[edge] = output_of(self.name, produced, edge)
             if labels is not None and self.loss is not None:
+                if stage.labels is not None and not stage.labels.local:
+                    _check_classes(self.loss_name, produced, labels, stage.labels)
                 with user_code(f"the loss of segment {self.name!r}"):
                     loss = self.loss(produced, labels)
                 correct = _correct(self.loss_name, produced.detach(), labels)

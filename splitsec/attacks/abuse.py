@@ -57,6 +57,8 @@ MORE: Final = 8.0
 is gone."""
 LATER: Final = 25
 """The training message to one party at which a case strikes that shall find its detectors settled."""
+STRUCK: Final = {"event": "struck"}
+"""What the abuser reports once it has done what it came for."""
 AHEAD: Final = 1000
 """Steps."""
 
@@ -110,7 +112,8 @@ class Liar:
         self._thread = party.guard._thread
         self._names = party.guard._names
         if abuse.cells is not None:
-            _meddle(abuse.cells)
+            self._at = -1
+            _meddle(abuse.cells, lambda: party.report(STRUCK))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._thread, name)
@@ -134,6 +137,7 @@ class Liar:
         self.before.append(said)
         if number == self._at:
             self._at = -1  # once
+            self.party.report(STRUCK)
             return self._abuse.does(self, said)
         return [said]
 
@@ -300,7 +304,9 @@ def _cut_short(message: Message) -> Message:
     return Message(message.kind, message.key, message.facts, tensors)
 
 
-def _meddle(how: Callable[[bytearray, int, Callable[[bytearray, int], None]], None]) -> None:
+def _meddle(
+    how: Callable[[bytearray, int, Callable[[bytearray, int], None]], None], struck: Callable[[], None]
+) -> None:
     """Treat the first large cell that this process passes on for others so: its frame, how many bytes of it are meant,
     and the way on.
     """
@@ -312,6 +318,7 @@ def _meddle(how: Callable[[bytearray, int, Callable[[bytearray, int], None]], No
             real(leg, block, used, size, came_by)
             return
         done = True
+        struck()
         how(block, used, lambda other, meant: real(leg, other, meant, size, came_by))
 
     Leg.wait = wait  # type: ignore[method-assign, assignment]
@@ -764,6 +771,8 @@ def _abuse(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
         job=Job(state=Path(assignment["job"]["state"]) / party_file.party),
         report=tell,
     )
+    if graph != parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]):
+        report(STRUCK)
     party.abuse = abuse
     party.at = assignment["options"]["at"]
     try:
@@ -978,7 +987,7 @@ def noticed_by(fought: Fought, honest: Iterable[str]) -> str | None:
         for event in fought.events[party]
         if event["event"] == "interrupted"
     ]
-    broke.sort(key=lambda one: any(words in one[2] for words in ("has closed", "connection broke", "circuit")))
+    broke.sort(key=lambda one: any(words in one[2] for words in ("has closed", "connection broke", "circuit", "relay")))
     logged = [(party, line) for party in honest for line in fought.logs.get(party, "").splitlines() if line.strip()]
     if broke:
         party, peer, why = broke[0]
@@ -1018,15 +1027,18 @@ class ProtocolAbuse(Attack):
         with Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
             peace: dict[bool, Peace | None] = {False: None, True: None}
-            found = []
+            found, tried = [], 0
             for case, party in wanted:
                 if (calm := peace[case.later]) is None:
                     calm = peace[case.later] = Peace.on(ground, self.name, nest.python, _batches(ground, case))
-                found.append(self._one(ground, case, party, calm, nest))
-                ground.report({"event": "progress", "done": len(found), "of": len(wanted)})
+                if (one := self._one(ground, case, party, calm, nest)) is not None:
+                    found.append(one)
+                tried += 1
+                ground.report({"event": "progress", "done": tried, "of": len(wanted)})
         return self.outcome(ground, judgement(found), seconds=time.monotonic() - began)
 
-    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest) -> Case:
+    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest) -> Case | None:
+        """None: the run gave no occasion for it."""
         a_turn = ground.steps_an_epoch() // (1 if ground.graph.schedule == "parallel" else ground.graph.streams)
         fought = ground.fight(
             self.name,
@@ -1039,6 +1051,8 @@ class ProtocolAbuse(Attack):
             quiet=peace.quiet,
             python=nest.python,
         )
+        if STRUCK not in fought.events[party]:
+            return None
         honest = [name for name in ground.graph.parties if name in taking_part(ground.graph) and name != party]
         return judge(case.name, case.tried, fought, peace, honest, party)
 

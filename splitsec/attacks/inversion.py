@@ -2,9 +2,10 @@
 
 He, Zhang, Lee 2019, "Model inversion attacks against collaborative inference" (ACSAC): *black-box* (a decoder is
 trained on samples and their activations) and *query-free* (without a query to the victim's segment, a *shadow* of it
-takes its place).  Here: the query-free form, since a server cannot query: nobody gives it activations of samples of its choice.
-Also what all attacks of an honest server share: listening, shadows, and comparing with the truth.  Not here: networks
-(``nets``), attacks without public samples (``unsplit``), with a discriminator and no architecture (``simulator``).
+takes its place).  Here: the query-free form, since a server cannot query: nobody gives it activations of samples of
+its choice.  Also what all attacks of an honest server share: listening, shadows, and comparing with the truth.  Not
+here: networks (``nets``), attacks without public samples (``unsplit``), with a discriminator and no architecture
+(``simulator``).
 
 What differs from the paper.  Its shadow is trained so that the server's own segment classifies public samples well
 through it; on the vanilla example that alone fails (mean squared error 0.34 to 0.63, where the mean image has 0.27):
@@ -38,7 +39,7 @@ from splitsec.attacks.outcome import Curve, Pictures, Verdict
 from splitsec.attacks.strategy import Heard, Listener, Loot, Scene, Strategy, bounds
 from splitsec.graph import Graph, Safeguard
 from splitsec.plan import Stage
-from splitsec.segments import Segment
+from splitsec.segments import Segment, build_segments
 
 __all__ = [
     "Comparison",
@@ -70,8 +71,6 @@ STEPS: Final = {True: 700, False: 2400}
 WARM: Final = 6
 """In the first of so many parts of them the decoder learns alone, before the shadow follows what it decodes."""
 BATCH: Final = 32
-FEW: Final = 64
-"""Numbers at a cut up to which their covariances are compared as well."""
 WIDTH: Final = 16
 
 
@@ -281,27 +280,6 @@ class Shadowing:
         return torch.cat([self.decoder(part) for part in torch.split(activations, 256)])
 
 
-class _Moments:
-    """How far activations are from ``received`` in mean and deviation of every number, and where these are few, in their
-    covariances.
-    """
-
-    def __init__(self, received: torch.Tensor) -> None:
-        self._middle, self._spread = received.mean(0), received.std(0)
-        self._together = _covariance(received) if received[0].nelement() <= FEW else None
-
-    def __call__(self, made: torch.Tensor) -> torch.Tensor:
-        apart = functional.mse_loss(made.mean(0), self._middle) + functional.mse_loss(made.std(0), self._spread)
-        if self._together is not None:
-            apart = apart + functional.mse_loss(_covariance(made), self._together)
-        return apart
-
-
-def _covariance(x: torch.Tensor) -> torch.Tensor:
-    flat = x.flatten(1) - x.flatten(1).mean(0)
-    return flat.T @ flat / len(flat)
-
-
 def imitate(
     shadow: nn.Module,
     overheard: Overheard,
@@ -332,7 +310,7 @@ def imitate(
     wanted = scene.scaled(samples)
     scale = Scale(overheard.activations)
     received = scale(overheard.activations)
-    like_moments = _Moments(received)
+    middle, spread = received.mean(0), received.std(0)
     chance = torch.Generator().manual_seed(seed)
     treated = sent_as(scene.graph, scene.cut, chance)
     watched: list[torch.Tensor] = []
@@ -353,7 +331,7 @@ def imitate(
             if natural is not None and step > warm:
                 error = error + natural(rows, decoder(overheard.activations[heard]))
             learns.zero_grad()
-            error.backward()
+            torch.autograd.backward(error)
             learns.step()
             if step > warm:
                 scaled = scale(made)
@@ -363,13 +341,14 @@ def imitate(
                         seen = raw(scene, decoder(overheard.activations[heard]))
                     loss = loss + cycle * functional.mse_loss(scale(shadow(seen)), received[heard])
                 if moments:
-                    loss = loss + moments * like_moments(scaled)
+                    means = functional.mse_loss(scaled.mean(0), middle)
+                    loss = loss + moments * (means + functional.mse_loss(scaled.std(0), spread))
                 if adversarial is not None:
                     loss = loss + adversarial(rows, scaled, heard)
                 if classify is not None and labels is not None:
                     loss = loss + 0.3 * classify(made, labels[rows])
                 follows.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 follows.step()
                 later.step()
             slower.step()
@@ -509,6 +488,12 @@ def stolen_how(found: Comparison, attacker: str, what: str) -> str:
 def kind_of(shape: tuple[int, ...]) -> str:
     """What samples of ``shape`` are called in a sentence."""
     return "images" if len(shape) == 3 and shape[0] in (1, 3) else "records"
+
+
+def segment_of(ground: Ground, fought: Fought, party: str, segment: str) -> nn.Module:
+    """``party``'s segment as its own files make it, with its first weights."""
+    with torch.random.fork_rng(devices=[]):
+        return build_segments(fought.graph, ground.folder.parties[party])[segment].module
 
 
 class Inversion(CutAttack):

@@ -12,12 +12,13 @@ Sources: ours; for key-compromise impersonation, the Noise Protocol Framework, r
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -170,6 +171,8 @@ class Man:
 
     timeouts: ClassVar[Mapping[str, float]] = {}
     """In place of those that a case has otherwise, seconds."""
+    ends_runs: ClassVar[bool] = False
+    """It cuts the line for good, or before there are keys to tell it by: then a run may end.  Else it must go on."""
 
     def __init__(self, graph: Graph, listener: str) -> None:
         self.graph = graph
@@ -361,6 +364,8 @@ class Replayer(Striker):
 class Cutter(Striker):
     """Cuts this connection and every later one."""
 
+    ends_runs: ClassVar = True
+
     def strikes(self, frame: Passing) -> Iterable[bytes]:
         raise CutError
 
@@ -384,6 +389,7 @@ class HelloEditor(Man):
 
 class VersionEditor(HelloEditor):
     timeouts: ClassVar = {"connect": SOON}
+    ends_runs: ClassVar = True
 
     def edited(self, hello: bytes) -> bytes:
         return hello[: len(MAGIC)] + bytes([VERSION - 1]) + hello[len(MAGIC) + 1 :]
@@ -413,6 +419,7 @@ class Refuser(Man):
     """Answers the first hello itself: the key is unknown."""
 
     timeouts: ClassVar = {"connect": SOON}
+    ends_runs: ClassVar = True
 
     def passes(self, frame: Passing) -> Iterable[bytes]:
         if not frame.to_listener and frame.number == 0 and frame.connection == 1:
@@ -488,6 +495,7 @@ class Impostor(Man):
     """Answers calls in place of the party that listens, with a key of its own."""
 
     timeouts: ClassVar = {"connect": SOON}
+    ends_runs: ClassVar = True
 
     _thread: IOThread | None = None
 
@@ -604,6 +612,7 @@ class CompromisedDialer(Man):
     """
 
     timeouts: ClassVar = {"connect": SOON}
+    ends_runs: ClassVar = True
 
     def passes(self, frame: Passing) -> Iterable[bytes]:
         if frame.to_listener and frame.number == 0:
@@ -745,6 +754,17 @@ class RelayThief(Impostor):
 # --- the cases
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Thieves speak our protocol in this process; what they log is nobody's business."""
+    logger = logging.getLogger("splitsec.transports")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 @dataclass(frozen=True)
 class Meddling:
     """One case."""
@@ -819,16 +839,19 @@ class NetworkAbuse(Attack):
         if not wanted:
             judged = Judgement("does not apply", "no two parties are connected here, so there is no line to be on")
             return self.outcome(ground, judged, seconds=time.monotonic() - began)
-        with Nest() if self._nest is None else nullcontext(self._nest) as nest:
+        with _silence(), Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
             peace = Peace.on(ground, self.name, nest.python)
-            found = []
+            found, tried = [], 0
             for case, where in wanted:
-                found.append(self._one(ground, case, where, peace, nest))
-                ground.report({"event": "progress", "done": len(found), "of": len(wanted)})
+                if (one := self._one(ground, case, where, peace, nest)) is not None:
+                    found.append(one)
+                tried += 1
+                ground.report({"event": "progress", "done": tried, "of": len(wanted)})
         return self.outcome(ground, judgement(found), seconds=time.monotonic() - began)
 
-    def _one(self, ground: Ground, case: Meddling, where: str, peace: Peace, nest: Nest) -> Case:
+    def _one(self, ground: Ground, case: Meddling, where: str, peace: Peace, nest: Nest) -> Case | None:
+        """None: the run gave no occasion for it."""
         man = case.man(ground.graph, where)
         lines: list[Line] = []
 
@@ -853,7 +876,7 @@ class NetworkAbuse(Attack):
             man.ends()
             for line in lines:
                 line.close()
-        return judge(case, fought, peace, man)
+        return judge(case, fought, peace, man) if man.struck else None
 
 
 ENDED: Final = ("PeerRefusedUs", "PeerMisbehaved", "PeerUnreachable", "PeerLost")
@@ -867,8 +890,6 @@ def judge(case: Meddling, fought: Fought, peace: Peace, man: Man) -> Case:
     def found(held: bool, seen: str) -> Case:
         return Case(case.name, case.tried, held, seen)
 
-    if not man.struck:
-        return found(False, "it did not come to it: the run gave no occasion")
     if man.got:
         return found(False, f"it got {man.got}")
     if (more := peace.leaves_more(fought, honest)) is not None:
@@ -888,4 +909,4 @@ def judge(case: Meddling, fought: Fought, peace: Peace, man: Man) -> Case:
         key=lambda one: (ENDED.index(one[1]["code"]), "last try" not in one[1]["text"], "stopped" in line_of(one[1])),
     )
     party, failure = ranked[0]
-    return found(True, f"the run ended; {party}: {line_of(failure)}")
+    return found(man.ends_runs, f"the run ended; {party}: {line_of(failure)}")

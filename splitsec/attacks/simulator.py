@@ -1,11 +1,11 @@
 """Passive simulator: an honest server trains a segment that nobody can tell from the clients', and inverts that.
 
-Zhu, Luo, Wu, Xu, Li, Pan 2025, "Passive Inference Attacks on Split Learning via Adversarial Regularization" (SDAR, NDSS),
-section IV: a *simulator* of the clients' segment is trained on public samples so that the server's own segment classifies
-well through it, while a *discriminator* that is trained beside it has to take its activations for received ones; a
-*decoder* inverts the simulator, while a second discriminator has to take what it decodes from received activations for
-public samples.  Both discriminators are given the label besides, where the server has labels.  Nothing that goes back
-to the clients differs by a bit from an honest server's.
+Zhu et al. 2025, "Passive Inference Attacks on Split Learning via Adversarial Regularization" (SDAR, NDSS): a
+*simulator* of the clients' segment is trained on public samples so that the server's own segment classifies well
+through it, while a *discriminator* that is trained beside it has to take its activations for received ones; a *decoder*
+inverts the simulator, while a second discriminator has to take what it decodes from received activations for public
+samples.  The discriminator of activations is given the label besides, where the server has labels.  Nothing that goes
+back to the clients differs by a bit from an honest server's.
 
 Here: that, after the run, on the activations of its last epoch (the paper trains along with the run).  The simulator is
 made from shapes alone: this attack knows no architecture and no first weights.  Two terms of ``inversion`` are added,
@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from splitsec.attacks import nets
@@ -47,6 +46,8 @@ LIKE_PUBLIC: Final = 0.005
 """Weight of the discriminator of samples in the decoder's loss."""
 RATE: Final = 2e-4
 """Of both discriminators: slower than what they judge, or they win at once and teach nothing."""
+MOST_CLASSES: Final = 100
+"""Labels beyond are not told to the discriminator."""
 LONGER: Final = 1.5
 """Steps, over those of a shadow that begins with the architecture."""
 
@@ -165,9 +166,6 @@ def _labels(heard: Overheard, scene: Scene) -> tuple[torch.Tensor | None, torch.
         return None, None, 0
     numbers = both.long()
     return numbers[: len(theirs)], numbers[len(theirs) :], int(numbers.max()) + 1
-
-
-MOST_CLASSES: Final = 100
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------

@@ -386,8 +386,8 @@ def _through(server: nn.Module, case: Honest, arrived: torch.Tensor, y: torch.Te
     loss = case.task.loss(server[-1](returned), y)
     torch.autograd.backward(loss)
     assert returned.grad is not None
-    passed_on = (middle * returned.grad).sum()
-    return passed_on + (loss - passed_on).detach()
+    passed_on: torch.Tensor = (middle * returned.grad).sum()
+    return torch.add(passed_on, (loss - passed_on).detach())
 
 
 def _decoyed(
@@ -699,12 +699,20 @@ def curves(found: dict[str, list[Record]]) -> dict[str, list[tuple[float, float,
         "changed": [
             (
                 t,
-                shares([value for r in honest for value in r.changed], t, above=False),
+                shares([value for r in honest for value in _unheeding(r)], t, above=False),
                 shares([value for r in attacks for value in r.changed], t, above=False),
             )
             for t in grid
         ],
     }
+
+
+def _unheeding(record: Record) -> list[float]:
+    """How much gradients changed under false labels, where the rows whose label stayed changed about as much."""
+    return [
+        changed if changed <= detection.CONTROL * control + detection.SLACK else math.inf
+        for changed, control in zip(record.changed, record.control, strict=True)
+    ]
 
 
 def cost(rounds: int) -> dict[str, float]:

@@ -95,7 +95,7 @@ def test_the_bytes_are_those_that_the_documentation_spells() -> None:
         '"parties":[["b",{"address":null,"key":null,"listen":null}],'
         '["a",{"address":null,"key":null,"listen":"ipc:///run/é"}]],'
         '"post_quantum":true,"privacy":{"when_spent":"end"},"routes":[],"segments":[],"splitsec":1,'
-        '"timeouts":{"connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
+        '"timeouts":{"answer":"408c200000000000","connect":"404e000000000000","gone":"404e000000000000","lost":"4034000000000000"},'
         '"training":{"batch_size":64,"decoys":100,"drop_last":false,"epochs":1,"micro_batches":1,"seed":0}}'
     )
     assert digest(graph) == sha256(canonical_bytes(graph)).digest()

@@ -244,6 +244,42 @@ def test_a_gradient_may_be_empty_and_an_activation_may_not() -> None:
         guard.release(back, Message("gradient"))
 
 
+def test_an_answer_comes_after_its_question() -> None:
+    """A gradient for what was not sent yet is refused, however well-formed; later ones wait for their activations."""
+    lane = lane_of("clinic", "gradient", into=True)
+
+    def gradient(*key: int) -> Received:
+        message = Message("gradient", key, tensors={"": torch.ones(3, 4, 2)})
+        return arrival(lane.number, message, sender="server")
+
+    for early in ((0, 0), (0, 1), (1000, 0)):
+        guard, thread = door("clinic")
+        with pytest.raises(PeerMisbehaved, match="an answer to what we have not sent"):
+            guard.admit(gradient(*early))
+        assert [peer for peer, *_ in thread.closed_peers] == [KEYS["server"]]
+    guard, _ = door("clinic")
+    guard.release(to_server("activation"), activation(3, 4, 2, key=(0, 0)))
+    guard.admit(gradient(0, 0))
+    with pytest.raises(PeerMisbehaved, match="an answer to what we have not sent"):
+        guard.admit(gradient(0, 1))
+    guard, _ = door("clinic")
+    for key in ((0, 0), (0, 1)):
+        guard.release(to_server("activation"), activation(3, 4, 2, key=key))
+    for key in ((0, 0), (0, 1)):
+        guard.admit(gradient(*key))
+
+
+def test_that_labels_were_taken_comes_after_the_labels() -> None:
+    guard, _ = door("registry")
+    taken = lane_of("registry", "taken", into=True)
+    labels = lane_of("registry", "labels", into=False)
+    with pytest.raises(PeerMisbehaved, match="an answer to what we have not sent"):
+        guard.admit(arrival(taken.number, Message("taken", (0, 0)), sender="server"))
+    guard, _ = door("registry")
+    guard.release(("server", labels.number), Message("labels", (0, 0), tensors={"": torch.zeros(3, dtype=torch.int64)}))
+    guard.admit(arrival(taken.number, Message("taken", (0, 0)), sender="server"))
+
+
 @pytest.mark.parametrize("kind", ["control", "taken"])
 def test_lanes_that_carry_no_tensor(kind: str) -> None:
     guard, thread = door("server")
@@ -391,6 +427,27 @@ def test_a_normal_goodbye_is_an_error_only_for_who_still_needs_the_peer() -> Non
     assert guard.take(("clinic", lane)).key == (0, 0)  # what came before the goodbye is still there
     with pytest.raises(PeerLost, match="clinic: left before the run was over"):
         guard.take(("clinic", lane))
+
+
+@pytest.mark.threat("T122")
+def test_a_peer_that_is_connected_and_answers_nothing_is_given_up() -> None:
+    thread = Thread()
+    plan = make_plan(GRAPH, "clinic")
+    guard = Guard(plan, {"server": KEYS["server"]}, thread, connect_timeout=5, answer_timeout=7.0)
+    asked: list[float | None] = []
+    receive = thread.receive
+
+    def noted(timeout: float | None = None) -> Event | None:
+        asked.append(timeout)
+        return receive(timeout)
+
+    thread.receive = noted  # type: ignore[method-assign]
+    thread.events.append(Opened(KEYS["server"]))
+    guard.wait_for_answer({"server"})
+    with pytest.raises(PeerLost, match=r"server: is connected, but has sent nothing that the step needs for 7 s"):
+        guard.wait_for_answer({"server"})
+    assert asked == [7.0, 7.0]
+
 
 
 def test_an_error_of_the_channel_while_sending() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from splitsec.errors import PeerMisbehaved
 from splitsec.messages import Message, decode, encode
 from splitsec.plan import Edge, Stage
 from splitsec.segments import Segment
@@ -49,6 +51,17 @@ def test_a_gradient_goes_back_as_autograd_laid_it_out() -> None:
     (gradient,) = segment.backward(work, {work.outputs[0]: torch.arange(3.0).unsqueeze(1)}, micro=0)
     assert gradient is not None
     assert (tuple(gradient.shape), gradient.stride()) == ((3, 4), (1, 0))
+
+
+@pytest.mark.threat("T133")
+@pytest.mark.parametrize("label", [-1, 3, 1 << 40])
+def test_labels_that_are_no_class_are_the_senders_fault(label: int) -> None:
+    segment = Segment("stem", nn.Linear(4, 3), None, loss=nn.CrossEntropyLoss(), loss_name="cross_entropy")
+    labels = Edge(1, "clinic", "stem", "clinic", "here", (), "int64", 18, 19, field="y")
+    work = replace(stage(1), labels=labels)
+    with pytest.raises(PeerMisbehaved, match=f"clinic: sent the label {label} for 'stem'"):
+        segment.forward(work, [torch.ones(2, 4)], torch.tensor([0, label]), micro=0, update=0, share=1.0)
+    segment.forward(work, [torch.ones(2, 4)], torch.tensor([2, -100]), micro=0, update=0, share=1.0)
 
 
 @pytest.mark.parametrize("update", [0, None], ids=["training", "evaluating"])

@@ -771,7 +771,7 @@ def test_answer_to_another_hello_is_refused() -> None:
         waiting.receive(only_frame(responder))
 
 
-@pytest.mark.threat("T13", "T91", "T127")
+@pytest.mark.threat("T13", "T91")
 def test_somebody_else_cannot_answer() -> None:
     """Who has the hello but not the responder's private key cannot make an answer that the initiator takes."""
     initiator = make_initiator()
