@@ -52,7 +52,7 @@ TIMEOUTS: Final = {"connect": 15.0, "lost": 2.0, "gone": 3.0}
 """Seconds, in place of the graph's, that a case ends soon."""
 ANSWER: Final = 2.0
 """The same for ``timeouts.answer``, at least: longer where a run in peace is silent for as long."""
-MORE: Final = 8.0
+MORE: Final = 6.0
 """Seconds; how much longer nobody must say a word until a run is held to stand still.  So it does not for a peer that
 is gone."""
 LATER: Final = 25
@@ -809,7 +809,7 @@ class Peace:
 
     @property
     def _answer(self) -> float:
-        return max(ANSWER, 2 * self.silence)
+        return round(max(ANSWER, 2 * self.silence), 1)
 
     @property
     def timeouts(self) -> dict[str, float]:
@@ -919,8 +919,10 @@ def _is_exact(ground: Ground) -> bool:
     return True
 
 
-REFUSALS: Final = ("PeerMisbehaved", "PeerRefusedUs", "SuspectedAttack")
-"""Errors with which a party turns a peer away, and says which."""
+REFUSALS: Final = ("PeerMisbehaved", "PeerRefusedUs", "PeerUnreachable", "SuspectedAttack")
+"""Errors with which a party turns a peer away or never lets it in, and says which."""
+STALLED: Final = "is connected, but has sent nothing"
+"""How ``PeerLost`` says that a peer owes an answer; otherwise it tells of one that went by itself."""
 
 
 def line_of(failure: Mapping[str, Any]) -> str:
@@ -932,7 +934,7 @@ def refusal(fought: Fought, honest: Iterable[str], offender: str | None) -> tupl
     """Who turned ``offender`` away, and in what words."""
     for party in honest:
         failure = fought.failures.get(party)
-        if failure is None or failure["code"] not in REFUSALS:
+        if failure is None or (failure["code"] not in REFUSALS and STALLED not in failure["text"]):
             continue
         if failure["code"] == "SuspectedAttack" or offender in (None, failure["peer"]):
             return party, line_of(failure)
@@ -1027,15 +1029,14 @@ class ProtocolAbuse(Attack):
         with Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
             peace: dict[bool, Peace | None] = {False: None, True: None}
-            found, tried = [], 0
-            for case, party in wanted:
+            found = []
+            for tried, (case, party) in enumerate(wanted, 1):
                 if (calm := peace[case.later]) is None:
                     calm = peace[case.later] = Peace.on(ground, self.name, nest.python, _batches(ground, case))
                 if (one := self._one(ground, case, party, calm, nest)) is not None:
                     found.append(one)
-                tried += 1
                 ground.report({"event": "progress", "done": tried, "of": len(wanted)})
-        return self.outcome(ground, judgement(found), seconds=time.monotonic() - began)
+        return self.outcome(ground, judgement(found, len(wanted)), seconds=time.monotonic() - began)
 
     def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest) -> Case | None:
         """None: the run gave no occasion for it."""
@@ -1051,6 +1052,9 @@ class ProtocolAbuse(Attack):
             quiet=peace.quiet,
             python=nest.python,
         )
+        if (failure := fought.failures.get(party)) is not None:
+            told = f"{failure['text']}\n{fought.logs.get(party, '')}"
+            raise PartyFailed(party, told, exit_code=failure["exit_code"], kind=failure["code"])
         if STRUCK not in fought.events[party]:
             return None
         honest = [name for name in ground.graph.parties if name in taking_part(ground.graph) and name != party]
@@ -1062,15 +1066,18 @@ def _batches(ground: Ground, case: Abuse) -> int:
     return (case.at + 2) * ground.graph.streams if case.later else 1
 
 
-def judgement(found: Sequence[Case]) -> Judgement:
-    """All cases in one sentence."""
+def judgement(found: Sequence[Case], tried: int) -> Judgement:
+    """All cases in one sentence; ``tried``: with those for which there was no occasion."""
     broken = [case.name for case in found if not case.held]
     figures = {"cases": float(len(found)), "held": float(len(found) - len(broken))}
+    rest = f" For {tried - len(found)} more a run of this graph gives no occasion." if tried > len(found) else ""
+    if not found:
+        return Judgement("does not apply", "a run of this graph gives no occasion for any of the cases")
     if not broken:
-        return Judgement("refused", f"All {len(found)} cases were refused.", figures=figures, cases=tuple(found))
+        return Judgement("refused", f"All {len(found)} cases were refused.{rest}", figures=figures, cases=tuple(found))
     return Judgement(
         "not all held",
-        f"{len(found) - len(broken)} of {len(found)} cases were held; not: {', '.join(broken)}.",
+        f"{len(found) - len(broken)} of {len(found)} cases were held; not: {', '.join(broken)}.{rest}",
         figures=figures,
         cases=tuple(found),
     )

@@ -10,7 +10,8 @@ things are otherwise than there.  VILLAIN finds labels by swapping embeddings wi
 watching the gradient's norm; the directions of one epoch's gradients (``labels``) tell them without a known sample, and
 without sending anything false until then.  VILLAIN trains its own model at a higher rate so that the network relies on
 it; here its activations are ten times as large.  And what carries the trigger is the activation of a sample with
-*another* label, without which the trigger hardly worked on the example (3% in place of 88%).
+*another* label.  On the example the trigger works for 88% with both of the last two (mean of seeds 7, 8, 9), for 49%
+with loudness alone, 14% with other labels' activations alone, 5% with neither.
 *A client with labels* (one of several clinics) puts a patch on some of its own samples and a wrong label on them: Gu,
 Dolan-Gavitt, Garg: BadNets, 2017, section 5, in split form.
 *A server* sends its clients gradients with the sign turned round.
@@ -569,8 +570,8 @@ def _judge_trigger(
     lying = figures["success rate of a typical activation in an honest network"]
     seen = (
         f"{aim.attacker}, which never saw a label, makes {rate:.0%} of the samples with another label come out as "
-        f"label {target} by adding its trigger (in an honest network at most {by_itself:.0%}), while accuracy without it "
-        f"is {reached:.0%}, beside {accuracy:.0%}. Simply sending a typical activation of that label, which takes no "
-        f"training, works for {lying:.0%}."
+        f"label {target} by adding its trigger (in an honest network at most {by_itself:.0%}), while accuracy without "
+        f"it is {reached:.0%}, beside {accuracy:.0%}. Simply sending a typical activation of that label, which takes "
+        f"no training, works for {lying:.0%}."
     )
     return Case(form, tried, rate - by_itself < WORKED, seen), figures

@@ -1,7 +1,7 @@
 """Parties that work together: what two of them know that neither does alone.
 
-Here: *the server with a clinic*.  In a round robin every clinic holds the same stem, handed on from one to the next, so a
-clinic that talks to the server gives it the very function that made the others' activations, and samples of the same
+Here: *the server with a clinic*.  In a round robin every clinic holds the same stem, handed on from one to the next, so
+a clinic that talks to the server gives it the very function that made the others' activations, and samples of the same
 kind to learn from.  Between its own turn and the end of an epoch the stem changes; the clinic knows it at both ends,
 and what lies between is taken as a straight line.  Samples are then searched whose activations are those that came
 (He, Zhang, Lee: Model Inversion Attacks Against Collaborative Inference, ACSAC 2019, section 4: white box), beginning
@@ -35,7 +35,7 @@ from splitsec.attacks.attack import (
     verdict_of,
 )
 from splitsec.attacks.strategy import Listener, Loot, Scene, Strategy, bounds
-from splitsec.plan import Edge, Stage
+from splitsec.plan import Edge, Stage, relays_needed
 from splitsec.segments import Segment, build_segments
 
 __all__ = ["Collusion", "CollusionStrategy", "Recovered", "put_together", "stem_at"]
@@ -70,7 +70,7 @@ class CollusionStrategy(Strategy):
 
     def samples(self, split: str, fields: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         read = self.scene.graph.segments[self.scene.cut.partition(" -> ")[0]].data
-        if split == "train" and read in fields:
+        if split == "train" and read is not None and read in fields:
             self.own = fields[read]
         return fields
 
@@ -266,7 +266,7 @@ class Collusion(CutAttack):
         relay = (
             ", and a relay adds nothing to what the server knows: it cannot read what it passes on, and the server "
             "knows whom it talks to"
-            if graph.relays
+            if relays_needed(graph)
             else ""
         )
         for cut in graph.cuts:
@@ -318,7 +318,7 @@ class Collusion(CutAttack):
         low, high = bounds(public)
         judged = Judgement(
             verdict_of(error, baseline),
-            _sentence(aim.attacker, clinic, error, baseline, relays=bool(graph.relays)),
+            _sentence(aim.attacker, clinic, error, baseline, relays=bool(relays_needed(graph))),
             reconstruction_mse=error,
             baseline_mse=baseline,
             figures={"error of the decoder alone": mean_error(together.decoded, samples, public)},
@@ -337,7 +337,7 @@ class Collusion(CutAttack):
 
 
 def _colluder(ground: Ground, clinics: Sequence[str]) -> str:
-    return ground.attacker if ground.attacker in clinics else clinics[0]
+    return clinics[0] if ground.attacker is None or ground.attacker not in clinics else ground.attacker
 
 
 def _sentence(server: str, clinic: str, error: float, baseline: float, *, relays: bool) -> str:
@@ -352,7 +352,8 @@ def _sentence(server: str, clinic: str, error: float, baseline: float, *, relays
         f"give (error {error:.2f} beside {baseline:.2f}).",
     )
     return said + (
-        " A relay that joins them adds nothing: it cannot read what it passes on, and the server knows whom it talks to."
+        " A relay that joins them adds nothing: it cannot read what it passes on, and the server knows whom it talks "
+        "to."
         if relays
         else ""
     )

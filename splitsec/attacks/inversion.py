@@ -493,7 +493,7 @@ def kind_of(shape: tuple[int, ...]) -> str:
 def segment_of(ground: Ground, fought: Fought, party: str, segment: str) -> nn.Module:
     """``party``'s segment as its own files make it, with its first weights."""
     with torch.random.fork_rng(devices=[]):
-        return build_segments(fought.graph, ground.folder.parties[party])[segment].module
+        return build_segments(fought.graph, ground.folder.parties[party].undefended())[segment].module
 
 
 class Inversion(CutAttack):

@@ -1,24 +1,25 @@
 """Membership inference: a server that is shown a sample says whether it was trained on.
 
-The question.  *Candidates* are raw samples with their labels: as many of the victims' training samples as of those that
-they kept out of training, drawn at random; both come from one source, and the attacker is told nothing but sample and
-label.  It is not asked of activations as received: those of training samples come in training turns and those of test
-samples in evaluation turns, so that whoever receives one knows which it is, and no attack is needed.  What the attacker
-uses is what it received in training turns alone; every candidate goes through the same modules in the same mode
-(evaluation), so neither dropout nor order nor turn tells them apart.  Its scores are fixed before candidates are shown:
-the loot holds the attacker's modules, the judge only feeds them.
+The question.  *Candidates* are raw samples with their labels: as many of the victims' training samples as of those
+that they kept out of training, drawn at random; both come from one source, and the attacker is told nothing but sample
+and label.  It is not asked of activations as received: those of training samples come in training turns and those of
+test samples in evaluation turns, so that whoever receives one knows which it is, and no attack is needed.  What the
+attacker uses is what it received in training turns alone; every candidate goes through the same modules in the same
+mode (evaluation), so neither dropout nor order nor turn tells them apart.  Its scores are fixed before candidates are
+shown: the loot holds the attacker's modules, the judge only feeds them.
 
 Two attacks, reported beside each other.
 
-*Match*: a shadow of the clients' segment (``inversion.imitate``, beginning with their first weights) makes a candidate's
-activation; if some activation that was received in training lies much nearer to it than any other, the candidate was
-among them (the ratio of the nearest distance to the second).  This needs no overfitting: a server that can compute the
-segment recognises who was in the training set.
+*Match*: a shadow of the clients' segment (``inversion.imitate``, beginning with their first weights) makes a
+candidate's activation; if some activation that was received in training lies much nearer to it than any other, the
+candidate was among them (the ratio of the nearest distance to the second).  This needs no overfitting: a server that
+can compute the segment recognises who was in the training set.
 
 *Shadow models*: Shokri, Stronati, Song, Shmatikov 2017, "Membership Inference Attacks Against Machine Learning Models"
-(S&P), section V: shadows of the whole network are trained on halves of the public samples, and a small classifier learns
-from their answers to their own members and others how answers to members look; then it is put to the victims' network:
-shadow of the segment, and the server's own trained segment.  This needs overfitting, and says little where there is none.
+(S&P), section V: shadows of the whole network are trained on halves of the public samples, and a small classifier
+learns from their answers to their own members and others how answers to members look; then it is put to the victims'
+network: shadow of the segment, and the server's own trained segment.  This needs overfitting, and says little where
+there is none.
 
 Area under the ROC curve: 0.5 is guessing.  Advantage: rate of members found less rate of others taken for members, at a
 threshold chosen on one half of the candidates and measured on the other, so that chance is not taken for skill.
@@ -43,7 +44,6 @@ from splitsec.attacks.inversion import (
     first_weights,
     imitate,
     kind_of,
-    own_segment,
     segment_of,
     steps_of,
 )
@@ -60,8 +60,10 @@ SHADOWS: Final = 4
 EPOCHS: Final = 8
 """Of the shadow models; the victims' own are not more than the run's."""
 BATCH: Final = 50
-FOUND, PARTLY: Final = 0.9, 0.6
-"""Areas under the curve from which on members count as recovered, and as partly recovered."""
+FOUND: Final = 0.9
+"""Area under the curve from which on members count as recovered."""
+PARTLY: Final = 0.6
+"""And as partly recovered."""
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def shadow_models(
     epochs: int = EPOCHS,
     told: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
-    """Weights ``[5]`` of a logistic regression on ``features`` (and 1), which tells members of shadow models from others.
+    """Weights ``[5]`` of a logistic regression on ``features`` (and 1) that tells members of shadow models from others.
 
     Each shadow model is ``segment`` and ``rest`` with weights drawn afresh, trained on one half of ``public``.
     """
@@ -115,7 +117,8 @@ def shadow_models(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scene.seed + 5)
         for number in range(shadows):
-            model = nn.Sequential(drawn_afresh(segment, scene.seed + 2 * number), drawn_afresh(rest, scene.seed + 2 * number + 1))
+            parts = drawn_afresh(segment, scene.seed + 2 * number), drawn_afresh(rest, scene.seed + 2 * number + 1)
+            model = nn.Sequential(*parts)
             model.train().requires_grad_(True)
             training = torch.optim.Adam(model.parameters(), lr=1e-3)
             order = torch.randperm(len(samples), generator=chance)
@@ -156,7 +159,7 @@ def _regression(seen: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
 def advantage(scores: torch.Tensor, member: torch.Tensor) -> float:
     """Members found less others taken for members, at a threshold chosen on every second candidate, on the rest."""
     chosen, best = torch.inf, -1.0
-    for threshold in scores[::2].unique().tolist():
+    for threshold in sorted(set(scores[::2].tolist())):
         gained = _rates(scores[::2], member[::2], threshold)
         if gained > best:
             best, chosen = gained, threshold
@@ -182,9 +185,10 @@ def receiver_curve(scores: torch.Tensor, member: torch.Tensor, points: int = 50)
 class MembershipStrategy(Eavesdropper):
     """Listens, then makes what scores candidates.
 
-    Options: ``steps``; ``spared``: every second public sample is not used, because candidates are drawn from them.
-    Loot: ``received [n, *cut shape]`` in training turns; ``segment/...``: weights of the shadow of the clients' segment;
-    ``rest/...``: of the server's own; ``answers [5]``: the classifier of shadow models, where there are labels.
+    Options: ``steps``; ``spared``: every second public sample is not used, since candidates are drawn from those.
+    Loot: ``received [n, *cut shape]`` in training turns; ``segment/...``: weights of the shadow of the clients'
+    segment; ``rest/...``: of the server's own; ``answers [5]``: the classifier of shadow models, where there are any
+    labels.
     """
 
     def loot(self) -> Loot:
@@ -227,7 +231,8 @@ class MembershipStrategy(Eavesdropper):
 
 
 def _classes(labels: torch.Tensor) -> bool:
-    return labels[0].nelement() == 1 and torch.equal(labels.double(), labels.double().round()) and labels.min() >= 0
+    whole = torch.equal(labels.double(), labels.double().round())
+    return labels[0].nelement() == 1 and whole and float(labels.min()) >= 0
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------

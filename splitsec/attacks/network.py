@@ -842,13 +842,12 @@ class NetworkAbuse(Attack):
         with _silence(), Nest() if self._nest is None else nullcontext(self._nest) as nest:
             nest.wait()
             peace = Peace.on(ground, self.name, nest.python)
-            found, tried = [], 0
-            for case, where in wanted:
+            found = []
+            for tried, (case, where) in enumerate(wanted, 1):
                 if (one := self._one(ground, case, where, peace, nest)) is not None:
                     found.append(one)
-                tried += 1
                 ground.report({"event": "progress", "done": tried, "of": len(wanted)})
-        return self.outcome(ground, judgement(found), seconds=time.monotonic() - began)
+        return self.outcome(ground, judgement(found, len(wanted)), seconds=time.monotonic() - began)
 
     def _one(self, ground: Ground, case: Meddling, where: str, peace: Peace, nest: Nest) -> Case | None:
         """None: the run gave no occasion for it."""

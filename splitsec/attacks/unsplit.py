@@ -3,16 +3,18 @@
 Erdogan, Kupcu, Cicek 2022, "UnSplit: Data-Oblivious Model Inversion, Model Stealing, and Label Inference Attacks
 Against Split Learning" (WPES), section 3.2: an honest server that knows the segment's architecture, and has no sample,
 searches samples x and weights of a clone for which clone(x) is what it received, a few steps on x and a few on the
-clone in turn; for images, total variation of x counts too (for records: how far from 0 they are).  Here: that, three times over (below).  Not here: label
+clone in turn; for images, total variation of x counts too (here, for records: how far from 0 they are).  Here: that,
+three times over (below).  Not here: label
 inference of the same paper (``labels``), attacks with public samples (``inversion``).
 
 The paper draws the clone's weights at random.  Here a clone also begins with the victims' own first weights, which
 follow from the seed in the graph and the segment's name: the run's first batch is then inverted with no clone to be
 learnt at all, and at the end of training the clone has only to follow what training changed.  All three are reported.
 On the vanilla example (two convolutions, two poolings) the known ones give a mean squared error near 0.05, where the
-mean image has 0.27; drawn at random, it is a matter of luck: 0.14 with one draw, 0.43 after twice as long with another.  On records it fails: on the
-vertical example fifteen columns go into twelve numbers that are ever above 0, and nothing says which of the many
-records that explain them is a likely one (0.12 to 0.14, where the mean record has 0.11; 0.06 if the clone were right).
+mean image has 0.27; drawn at random, it is a matter of luck: 0.14 with one draw, 0.43 after twice as long with another.
+On records it fails: on the vertical example fifteen columns go into twelve numbers that are ever above 0, and nothing
+says which of the many records that explain them is a likely one (0.10 to 0.14, where the mean record has 0.11; 0.06 if
+the clone were right).
 
 What the attacker knows of samples is their range: pixels, or columns, between the scene's ``low`` and ``high``.
 """

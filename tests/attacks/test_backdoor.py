@@ -49,6 +49,20 @@ def test_a_client_without_labels_plants_a_trigger_and_keeps_accuracy(seed: int) 
     assert predicted(honest("vertical", 8, seed), cut=cut, activation=lambda a: a + trigger / LOUD).share(0) < 0.1
 
 
+def test_a_client_without_labels_speaks_loudly_to_be_relied_on() -> None:
+    world, _ = spoilt("vertical", "hospital", "size -> diagnosis", 1, form="client without labels", classes=2)
+    sent: list[torch.Tensor] = []
+
+    def overheard(a: torch.Tensor) -> torch.Tensor:
+        sent.append(a)
+        return a
+
+    predicted(world, cut="size -> diagnosis", activation=overheard)
+    with torch.no_grad():
+        made = world.segments["hospital"]["size"].module(world.own["hospital"]["test"].fields["x"])
+    assert torch.equal(torch.cat(sent), LOUD * made)
+
+
 def test_a_client_with_labels_makes_others_samples_obey_its_mark() -> None:
     world, loot = spoilt("vanilla", "clinic-a", "stem -> trunk", 2, form="client with labels")
 

@@ -23,6 +23,14 @@ EXAMPLES = SOURCE / "examples"
 CUT = "stem -> trunk"
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much work as it takes to tell right from wrong."""
+    monkeypatch.setattr(collusion, "ROWS", 50)
+    monkeypatch.setattr(collusion, "DECODER_STEPS", 200)
+    monkeypatch.setattr(collusion, "SEARCH_STEPS", 100)
+
+
 @cache
 def colluded() -> tuple[World, Loot, Loot]:
     world = open_world(EXAMPLES / "vanilla", epochs=2)
@@ -46,8 +54,7 @@ def errors(server: Loot, clinic: Loot, **more: Any) -> tuple[float, float, float
     )
 
 
-def test_a_clinics_stem_opens_what_the_others_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collusion, "ROWS", 100)
+def test_a_clinics_stem_opens_what_the_others_sent() -> None:
     _, server, clinic = colluded()
     searched, decoded, mean = errors(server, clinic)
     assert searched < 0.01
@@ -55,28 +62,26 @@ def test_a_clinics_stem_opens_what_the_others_sent(monkeypatch: pytest.MonkeyPat
     assert mean > 0.2
 
 
-def test_a_stem_of_first_weights_opens_much_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collusion, "ROWS", 50)
+def test_a_stem_of_first_weights_opens_nothing() -> None:
     world, server, clinic = colluded()
     fresh = build_segments(world.folder.graph, world.folder.parties["clinic-a"])["stem"].weights()
     wrong = Loot({"own": clinic.tensors["own"]})
     wrong.tensors |= {f"{when}/{name}": one for when in ("before", "after", "final") for name, one in fresh.items()}
     searched, _, mean = errors(server, wrong)
-    right, _, _ = errors(server, clinic)
-    assert searched > 3 * right
-    assert searched < mean
+    assert searched > mean
 
 
 def test_the_clinic_knows_the_stem_at_both_ends_of_what_it_does_not_see() -> None:
     world, server, clinic = colluded()
     places = server.tensors["places"]
     assert set(places[:, 0].tolist()) == {1}  # the last epoch
-    final = {name: one for name, one in world.segments["server"]["trunk"].weights().items()}
-    assert final.keys().isdisjoint(name.partition("/")[2] for name in clinic.tensors)  # the clinic has no trunk
     stem = world.segments["clinic-c"]["stem"].weights()
     at_the_end = stem_at(clinic, len(places), (0, 834), len(places))
     for name, tensor in stem.items():
         assert torch.equal(at_the_end[name], tensor)
+    first = build_segments(world.folder.graph, world.folder.parties["clinic-a"])["stem"].weights()
+    began = stem_at(clinic, 0, (834, 1667), len(places))
+    assert not any(torch.equal(began[name], tensor) for name, tensor in first.items())  # an epoch later than those
     between = stem_at(clinic, 1667, (0, 834), 2500)
     for name in stem:
         after, last = clinic.tensors[f"after/{name}"], clinic.tensors[f"final/{name}"]
@@ -87,7 +92,7 @@ def test_the_clinic_knows_the_stem_at_both_ends_of_what_it_does_not_see() -> Non
 def test_a_linear_stem_is_opened_exactly() -> None:
     stem = nn.Linear(6, 12)
     generator = torch.Generator().manual_seed(1)
-    own, theirs = torch.rand(80, 6, generator=generator), torch.rand(40, 6, generator=generator)
+    own, theirs = torch.rand(80, 6, generator=generator), 0.1 + 0.8 * torch.rand(40, 6, generator=generator)
     tensors = {
         f"{when}/{name}": one for when in ("before", "after", "final") for name, one in stem.state_dict().items()
     }
@@ -97,8 +102,7 @@ def test_a_linear_stem_is_opened_exactly() -> None:
     got = put_together(server, Loot({**tensors, "own": own}), nn.Linear(6, 12), stream=0, batch=20, seed=1)
     where = got.places[:, 2]
     assert sorted(where.tolist()) == list(range(40))
-    inside = theirs.clamp(own.amin(0), own.amax(0))
-    assert float((got.samples - inside[where]).abs().max()) < 0.02
+    assert float((got.samples - theirs[where]).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -132,9 +136,8 @@ def test_where_nobody_shares_a_segment_there_is_nothing_to_put_together(example:
     assert "nobody here has the same segment" in why
 
 
-def test_the_judge_compares_with_the_others_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collusion, "ROWS", 50)
-    world, server, clinic = colluded()
+def test_the_judge_compares_with_the_others_own_samples() -> None:
+    _, server, clinic = colluded()
     attack = Collusion()
     with Ground(EXAMPLES / "onion") as ground:  # the network of vanilla, with relays
         aim = attack.aim(ground)

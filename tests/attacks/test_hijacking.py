@@ -142,14 +142,16 @@ def errors(world: World, scene: Scene, loot: Loot) -> tuple[float, float]:
     return float(functional.mse_loss(loot.tensors["recovered"], truth)), float(functional.mse_loss(mean, truth))
 
 
-def hijack(
-    folder: Path, kind: type[HijackingStrategy], batches: int, **options: Any
-) -> tuple[World, Scene, Loot, Wire]:
+def fresh(folder: Path, kind: type[HijackingStrategy], batches: int, **options: Any) -> tuple[World, Scene, Loot, Wire]:
     world = open_world(folder, epochs=-(-batches // 16))
     scene = a_scene(world, options={"decoder_rounds": 150, **options})
     strategy, wire = kind(scene), Wire()
     train(world, {"server": strategy}, change=wire, batches=batches)
     return world, scene, strategy.loot(), wire
+
+
+hijack = cache(fresh)
+"""The same run for several tests; they change nothing of it."""
 
 
 # --- the attack -------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_a_learned_space_does_too(folder: Path) -> None:
 def test_what_it_sends_is_as_long_as_the_honest_gradient_and_seeded(folder: Path) -> None:
     honest = Wire()
     train(open_world(folder), {}, change=honest, batches=1)
-    sent = [hijack.__wrapped__(folder, HijackingStrategy, 3)[3].gradients for _ in range(2)]
+    sent = [fresh(folder, HijackingStrategy, 3)[3].gradients for _ in range(2)]
     lengths = [float(one.flatten(1).norm(dim=1).mean()) for one in (honest.gradients[0], sent[0][0])]
     assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
     assert all(torch.equal(one, other) for one, other in zip(*sent, strict=True))

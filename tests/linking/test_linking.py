@@ -87,7 +87,7 @@ def test_what_the_recorder_sees(hidden: Run, turns: list[Turn]) -> None:
     assert all(len(turn.features) > 400 for turn in turns)
 
 
-@pytest.mark.threat("T50", "T67", "T77", "T82", "T85")
+@pytest.mark.threat("T50", "T67", "T77", "T82", "T85", "T129")
 def test_data_and_a_first_relay_that_colludes_tell_still(hidden: Run, turns: list[Turn]) -> None:
     """Documented, and the classifier can learn something of this very run."""
     assert near(guess_with_first_relay(hidden, turns))[0] > 0.5

@@ -455,4 +455,4 @@ def test_the_operator_is_told_in_a_plain_sentence(quiet: bool, capsys: pytest.Ca
 
 def test_thresholds_leave_room_on_both_sides() -> None:
     """What the measurement said (docs/detectors.md); a threshold that is moved must be measured again."""
-    assert (detection.COMMON, detection.SHARED, detection.HEEDED, detection.WINDOW) == (0.4, 0.6, 0.55, 5)
+    assert (detection.COMMON, detection.SHARED, detection.HEEDED, detection.WINDOW) == (0.4, 0.6, 0.25, 5)

@@ -165,14 +165,6 @@ def test_a_prediction_is_not_redone(tmp_path: Path) -> None:
     assert torch.equal(found["fourth"], expected)
 
 
-def test_without_decoys_no_step_is_made_twice(tmp_path: Path) -> None:
-    folder = deceiving(MultiHop, tmp_path / "graph", sgd)
-    change(folder / "graph.yaml", ("decoys: 2", "decoys: 0"))
-    simulate(folder, trace=tmp_path / "traces")
-    for party in ("clinic", "hospital", "institute", "server"):
-        assert {line["key"][1] for line in passed(tmp_path / "traces", party)} == {0}
-
-
 def test_the_journal_holds_both_attempts_and_the_ledger_counts_them(tmp_path: Path) -> None:
     """A ledger that is there counts what leaves in the clear; it needs no policy for that."""
     folder = deceiving(MultiHop, tmp_path / "graph", adam, micro_batches=2)
