@@ -118,7 +118,6 @@ def _attack(assignment: dict[str, Any], report: Told) -> None:
 
 def scene_of(assignment: dict[str, Any], graph: Graph, plan: Plan, report: Told) -> Scene:
     """What the attacker is granted."""
-    told: dict[str, Any] = assignment["aim"]
     aim = Aim.told(assignment["aim"])
     public = load_file(assignment["public"]) if assignment["public"] else {}
     low, high = bounds(public["x"]) if "x" in public else (torch.zeros(()), torch.ones(()))

@@ -27,7 +27,7 @@ from splitsec.attacks.strategy import Loot
 from splitsec.demands import demands_of
 from splitsec.errors import PartyFailed, PartyFileError, UserError
 from splitsec.graph import Graph
-from splitsec.partyfile import Folder, PartyFile, load_folder, load_function
+from splitsec.partyfile import NO_DETECTORS, Folder, PartyFile, load_folder, load_function
 from splitsec.plan import make_plan
 from splitsec.probe import probe
 from splitsec.samples import Samples, read_own
@@ -263,7 +263,7 @@ class Ground:
                     found[f"NoPeek {code.nopeek:g} at {segment}"] = None
                 if code.dp_sgd is not None:
                     found[f"DP-SGD at {segment}"] = None
-        if not self.undefended and any(getattr(one, "detectors", False) for one in self.folder.parties.values()):
+        if any(one.detectors != NO_DETECTORS for one in self.folder.parties.values()):
             found["detectors"] = None
         return tuple(found)
 

@@ -128,6 +128,7 @@ def test_every_case_that_applies_is_tried(outcome: Outcome) -> None:
     assert all(name in outcome.sentence for name in NOT_HELD)
 
 
+@pytest.mark.threat("T38", "T40", "T41", "T42", "T65", "T119", "T123", "T131", "T132")
 @pytest.mark.parametrize("name", HELD)
 def test_it_is_refused_and_the_operator_reads_why(name: str, found: dict[str, Case]) -> None:
     """Nothing leaves beyond a run in peace, and nobody's weights are others: else the judge says that, and not this."""
@@ -135,6 +136,7 @@ def test_it_is_refused_and_the_operator_reads_why(name: str, found: dict[str, Ca
     assert HELD[name] in found[name].seen
 
 
+@pytest.mark.threat("T119", "T122")
 @pytest.mark.parametrize("name", NOT_HELD)
 def test_what_gets_through_is_said_to_get_through(name: str, found: dict[str, Case]) -> None:
     assert not found[name].held
@@ -249,6 +251,7 @@ BROKEN: Final = {
 """Check to where it is, what stands in its place, and the cases that it is for."""
 
 
+@pytest.mark.threat("T40", "T123")
 @pytest.mark.parametrize("check", BROKEN)
 def test_a_case_is_not_held_once_its_check_is_gone(check: str, nest: Nest, tmp_path: Path) -> None:
     where, module, name, line, instead, cases = BROKEN[check]
@@ -281,6 +284,7 @@ WATCHED: Final = ["huge values at once", "large values later", "an old gradient 
 """What the detectors see, and the protocol does not."""
 
 
+@pytest.mark.threat("T119")
 @pytest.mark.parametrize("name", WATCHED)
 def test_a_case_for_the_detectors_is_not_held_without_them(name: str, unwatched: dict[str, Case]) -> None:
     assert not unwatched[name].held, unwatched[name].seen

@@ -87,6 +87,7 @@ def aim_of(ground: Ground) -> Aim:
     return aim
 
 
+@pytest.mark.threat("T44")
 def test_an_eavesdropper_hears_what_passes_and_changes_no_bit(tmp_path: Path) -> None:
     place = folder(tmp_path / "small")
     with Ground(place) as ground:

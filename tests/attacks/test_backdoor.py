@@ -33,6 +33,7 @@ def predicted(world: World, **changes: object):  # type: ignore[no-untyped-def]
     return predict_with(world.folder.graph, world.segments, world.own, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.threat("T124")
 @pytest.mark.parametrize("seed", [7, 8, 9])
 def test_a_client_without_labels_plants_a_trigger_and_keeps_accuracy(seed: int) -> None:
     cut = "size -> diagnosis"
@@ -63,6 +64,7 @@ def test_a_client_without_labels_speaks_loudly_to_be_relied_on() -> None:
     assert torch.equal(torch.cat(sent), LOUD * made)
 
 
+@pytest.mark.threat("T36", "T124")
 def test_a_client_with_labels_makes_others_samples_obey_its_mark() -> None:
     world, loot = spoilt("vanilla", "clinic-a", "stem -> trunk", 2, form="client with labels")
 
@@ -76,6 +78,7 @@ def test_a_client_with_labels_makes_others_samples_obey_its_mark() -> None:
     assert in_peace.accuracy == honest("vanilla", 2).accuracy()  # the judge counts as the parties do
 
 
+@pytest.mark.threat("T46", "T117")
 def test_a_server_that_turns_gradients_round_ruins_what_the_clinics_learn() -> None:
     world, loot = spoilt("vanilla", "server", "stem -> trunk", 2, form="server")
     assert loot.numbers["batches"] == 102

@@ -54,6 +54,7 @@ def errors(server: Loot, clinic: Loot, **more: Any) -> tuple[float, float, float
     )
 
 
+@pytest.mark.threat("T128")
 def test_a_clinics_stem_opens_what_the_others_sent() -> None:
     _, server, clinic = colluded()
     searched, decoded, mean = errors(server, clinic)
@@ -62,6 +63,7 @@ def test_a_clinics_stem_opens_what_the_others_sent() -> None:
     assert mean > 0.2
 
 
+@pytest.mark.threat("T128")
 def test_a_stem_of_first_weights_opens_nothing() -> None:
     world, server, clinic = colluded()
     fresh = build_segments(world.folder.graph, world.folder.parties["clinic-a"])["stem"].weights()

@@ -157,6 +157,7 @@ hijack = cache(fresh)
 # --- the attack -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("T111")
 def test_it_redraws_the_clinics_images(folder: Path) -> None:
     world, scene, loot, wire = hijack(folder, HijackingStrategy, 300)
     mse, baseline = errors(world, scene, loot)
@@ -195,6 +196,7 @@ def test_lengths_where_there_is_no_honest_gradient() -> None:
     assert float(sent.norm(dim=1).mean()) == pytest.approx(1 / 10)
 
 
+@pytest.mark.threat("T110")
 def test_who_leaves_early_leaves_little(folder: Path) -> None:
     world, scene, loot, _ = hijack(folder, HijackingStrategy, 3)
     mse, baseline = errors(world, scene, loot)
@@ -229,6 +231,7 @@ def test_every_shape_gets_a_gradient(folder: Path, shape: tuple[int, ...], cut: 
 # --- one that knows the detectors -------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("T112")
 def test_it_begins_honestly_and_is_not_seen(folder: Path) -> None:
     honest = Wire()
     train(open_world(folder, epochs=8), {}, change=honest, batches=HONEST_BATCHES)
@@ -241,6 +244,7 @@ def test_it_begins_honestly_and_is_not_seen(folder: Path) -> None:
     assert mse < 0.6 * baseline
 
 
+@pytest.mark.threat("T46", "T112")
 @pytest.mark.parametrize("way", ["mix", "centre", "part"])
 def test_every_way_stays_below_the_threshold(folder: Path, way: str) -> None:
     world, _, loot, wire = hijack(folder, AdaptiveStrategy, 120, evade=way)
@@ -257,6 +261,7 @@ def test_a_weight_too_small_is_seen(folder: Path) -> None:
     assert (at := alarm(world, wire)) is not None and loot.numbers["began"] <= at <= loot.numbers["began"] + 10
 
 
+@pytest.mark.threat("T112")
 def test_decoys_are_answered_honestly(folder: Path) -> None:
     """It tells false labels by its loss; and to the same rows with true ones it is honest too."""
     world = open_world(folder, epochs=10)
@@ -325,6 +330,7 @@ def test_the_judge_says_what_was_got(ground: Ground, folder: Path, tmp_path: Pat
     assert errors_seen.points[-1][1] < 0.5 * errors_seen.points[0][1] and len(distances.points) == 300
 
 
+@pytest.mark.threat("T110")
 def test_the_judge_says_when_it_is_nothing(ground: Ground, folder: Path, tmp_path: Path) -> None:
     _, _, loot, _ = hijack(folder, HijackingStrategy, 3)
     event = {"event": "alarm", "detector": "label agreement", "batch": 3, "text": "..."}

@@ -47,6 +47,7 @@ def test_listening_changes_no_bit(bout: Bout) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.threat("T44")
 def test_samples_are_recovered(bout: Bout, loot: Loot) -> None:
     judged = bout.judge(loot)
     assert judged.verdict == "recovered"

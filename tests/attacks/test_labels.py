@@ -55,6 +55,7 @@ def truth_of(world: World, loot: Loot) -> torch.Tensor:
     return torch.cat(parts).flatten().long()
 
 
+@pytest.mark.threat("T125")
 @pytest.mark.parametrize("seed", [7, 8, 9])
 def test_direction_tells_every_label_of_a_table_and_norm_and_matching_less(seed: int) -> None:
     world, loot = hospital(epochs=1, seed=seed)
@@ -76,6 +77,7 @@ def test_the_attacker_trains_what_an_honest_party_would_train() -> None:
                 assert torch.equal(tensor, other)
 
 
+@pytest.mark.threat("T125")
 def test_several_epochs_gradients_of_one_sample_are_put_together() -> None:
     generator = torch.Generator().manual_seed(3)
 
@@ -104,6 +106,7 @@ def test_gradients_that_hold_no_labels_give_none_away() -> None:
         assert 0.4 < auc(loot.tensors[way], malignant) < 0.6
 
 
+@pytest.mark.threat("T115")
 def test_a_u_shapes_server_sorts_images_by_label_without_seeing_one() -> None:
     world, loot = infer("u-shaped", "server", "trunk -> head", options={"classes": 10}, epochs=1)
     digits = truth_of(world, loot)

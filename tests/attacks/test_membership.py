@@ -58,6 +58,7 @@ def test_candidates_are_as_many_of_each_kind_in_no_order(bout: Bout) -> None:
     assert 30 < int(member[:96].sum()) < 66
 
 
+@pytest.mark.threat("T116")
 def test_members_are_recognised_by_their_activations(bout: Bout, loot: Loot) -> None:
     judged = bout.judge(loot)
     assert judged.figures["area under the curve, match"] > 0.65
@@ -79,6 +80,7 @@ def test_it_is_the_received_activations_that_tell(bout: Bout, loot: Loot) -> Non
     assert abs(auc(matched(made, others), member) - 0.5) < 0.1  # where none of them was received
 
 
+@pytest.mark.threat("T116")
 def test_a_network_that_learnt_by_heart_gives_its_members_away(bout: Bout) -> None:
     """Labels that mean nothing can only be learnt by heart: shadow models tell, on samples that none of them saw."""
     chance = torch.Generator().manual_seed(3)

@@ -97,6 +97,7 @@ def test_every_case_is_tried(outcome: Outcome) -> None:
     assert outcome.verdict == ("not all held" if NOT_HELD else "refused")
 
 
+@pytest.mark.threat("T10", "T12", "T13", "T14", "T16", "T19", "T93", "T126", "T127")
 @pytest.mark.parametrize("name", HELD)
 def test_nothing_is_read_or_altered_and_the_operator_reads_what_happened(name: str, found: dict[str, Case]) -> None:
     """Nothing leaves beyond a run in peace, nobody gets a session: else the judge says that, and not this."""
@@ -111,6 +112,7 @@ def test_what_is_not_noticed_is_said_not_to_be(name: str, found: dict[str, Case]
     assert NOT_HELD[name] in found[name].seen
 
 
+@pytest.mark.threat("T33")
 def test_who_comes_with_a_stolen_key_drives_the_real_one_out_once_the_check_is_gone(nest: Nest, tmp_path: Path) -> None:
     """In the server's process alone: only its segment is built there."""
     folder = small(tmp_path / "small")
@@ -179,6 +181,7 @@ PARTS: Final = 8 + 1 + 8
 """Bytes of a hello in front of the ephemeral key."""
 
 
+@pytest.mark.threat("T127")
 @pytest.mark.parametrize("post_quantum", [True, False])
 def test_a_forged_accept_lacks_one_secret(post_quantum: bool) -> None:
     """With DH(e of the dialer, s of the listener), which only the listener's key gives, it would be believed."""
@@ -204,6 +207,7 @@ def test_a_forged_accept_lacks_one_secret(post_quantum: bool) -> None:
             assert initiator.state is State.FAILED
 
 
+@pytest.mark.threat("T127")
 @pytest.mark.parametrize("post_quantum", [True, False])
 def test_a_hello_forged_with_the_listeners_key_is_taken_and_one_without_it_is_not(post_quantum: bool) -> None:
     dialer, listener, contract = os.urandom(32), os.urandom(32), os.urandom(32)
@@ -219,6 +223,7 @@ def test_a_hello_forged_with_the_listeners_key_is_taken_and_one_without_it_is_no
                 responder.receive(hello)
 
 
+@pytest.mark.threat("T126")
 @pytest.mark.parametrize("post_quantum", [True, False])
 def test_a_forged_far_end_lacks_one_secret(post_quantum: bool) -> None:
     hop, contract = os.urandom(32), os.urandom(32)

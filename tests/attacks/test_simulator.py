@@ -28,6 +28,7 @@ def loot(bout: Bout) -> Loot:
     return bout.strategy.loot()
 
 
+@pytest.mark.threat("T114")
 def test_nobody_could_tell_it_from_an_honest_server(bout: Bout) -> None:
     ours, theirs = weights(bout.world), weights(train(open_world(bout.ground.folder.path), {}))
     assert ours.keys() == theirs.keys()
@@ -35,6 +36,7 @@ def test_nobody_could_tell_it_from_an_honest_server(bout: Bout) -> None:
     assert [score.loss for *_, score in bout.world.scores]
 
 
+@pytest.mark.threat("T114")
 def test_samples_are_recovered_with_shapes_alone(bout: Bout, loot: Loot) -> None:
     assert bout.scene.architecture is None
     judged = bout.judge(loot)

@@ -36,6 +36,7 @@ def test_listening_changes_no_bit(bout: Bout) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.threat("T113")
 def test_samples_are_recovered_without_any(bout: Bout, loot: Loot) -> None:
     judged = bout.judge(loot)
     assert judged.verdict == "recovered"
@@ -47,6 +48,7 @@ def test_samples_are_recovered_without_any(bout: Bout, loot: Loot) -> None:
     assert apart(loot.tensors["recovered"].roll(1, 0), truth) > 2 * apart(loot.tensors["recovered"], truth)
 
 
+@pytest.mark.threat("T113")
 def test_the_segment_is_stolen(bout: Bout, loot: Loot) -> None:
     figures = bout.judge(loot).figures
     assert figures["share of held-out samples answered alike with the stolen segment"] > 0.9

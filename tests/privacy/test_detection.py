@@ -351,6 +351,7 @@ def table() -> bench.Data:
     return bench.data_sets(EXAMPLES)["cancer"]
 
 
+@pytest.mark.threat("T110")
 @pytest.mark.parametrize("case", [one for one in bench.HONEST if one.task is bench.TABLE and not one.before])
 def test_short_honest_trainings_raise_no_alarm(case: bench.Honest, table: bench.Data) -> None:
     record = bench._watched(case.name, case.batch, bench._honest(case, table, 150, seed=5))
@@ -359,6 +360,7 @@ def test_short_honest_trainings_raise_no_alarm(case: bench.Honest, table: bench.
     assert record.changed or case.one_label
 
 
+@pytest.mark.threat("T110")
 @pytest.mark.parametrize("case", [one for one in bench.ATTACKS if one.task is bench.TABLE])
 @pytest.mark.parametrize("seed", [31, 32])
 def test_hijackings_are_seen_within_ten_batches(case: bench.Attack, seed: int, table: bench.Data) -> None:

@@ -83,6 +83,7 @@ def turned(place: Path, how: str, *, detectors: str = "") -> Path:
     return folder
 
 
+@pytest.mark.threat("T110")
 def test_a_clinic_leaves_a_server_that_ignores_labels_and_tells_only_its_operator(shell: Shell, tmp_path: Path) -> None:
     folder = keyed(shell, turned(tmp_path / "pair", "one way"), "clinic", "server")
     graph, parties = folder / "graph.yaml", folder / "parties"
@@ -115,6 +116,7 @@ def test_a_clinic_leaves_a_server_that_ignores_labels_and_tells_only_its_operato
     assert journal.verify(kept) == []
 
 
+@pytest.mark.threat("T110")
 @pytest.mark.parametrize(
     ("how", "detectors", "detector", "batches"),
     [
@@ -138,6 +140,7 @@ def test_each_detector_stops_a_simulation_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.threat("T111")
 def test_a_party_that_switched_its_detectors_off_trains_on(shell: Shell, tmp_path: Path) -> None:
     folder = turned(tmp_path / "pair", "one way", detectors="false")
     assert shell.run("simulate", folder, "--quiet").code == 0

@@ -163,6 +163,7 @@ def test_labels_count_also_where_a_gradient_comes_through_a_middle_segment() -> 
     assert heeded_in(graph_of(more=U_SHAPE)) == (Heeded("y", "classes", "head"),)
 
 
+@pytest.mark.threat("T111")
 def test_label_agreement_does_not_apply_without_the_labels_of_every_loss_that_a_cut_leads_to() -> None:
     two = {
         "parties": {"registry": {"listen": "tcp://127.0.0.1:7401"}},
@@ -252,6 +253,7 @@ def test_a_gradient_that_heeds_one_of_two_labels_is_honest() -> None:
             watched.step(hijacked(32, number), {"y": labels_of(32, number), "z": labels_of(32, 50 + number, 2).float()})
 
 
+@pytest.mark.threat("T119")
 def test_huge_gradients_are_stopped_in_the_step_they_come_in() -> None:
     watched = Watched(party="clinic")
     labels = labels_of(32, 1)
@@ -267,6 +269,7 @@ def test_huge_gradients_are_stopped_in_the_step_they_come_in() -> None:
     assert caught.value.evidence["norm"] > 1e3 * caught.value.evidence["largest_before"]
 
 
+@pytest.mark.threat("T119")
 def test_gradients_played_back_are_stopped_where_labels_are_known_and_told_elsewhere() -> None:
     first = labels_of(32, 1)
     watched, blind = Watched(), Watched(graph_of(loss="mse", dtype="float32"))
@@ -281,6 +284,7 @@ def test_gradients_played_back_are_stopped_where_labels_are_known_and_told_elsew
     assert len(blind.warnings) == 1 and "in step 1 of ours" in blind.warnings[0]
 
 
+@pytest.mark.threat("T111")
 def test_a_party_without_labels_is_warned_once_and_not_stopped() -> None:
     watched = Watched(graph_of(loss="mse", dtype="float32"))
     for number in range(60):
@@ -319,6 +323,7 @@ def test_streams_of_a_step_are_kept_apart() -> None:
 # --- the loss
 
 
+@pytest.mark.threat("T120")
 def test_a_loss_that_does_not_follow_is_a_warning() -> None:
     watched = Watched()
     for number in range(400):
@@ -356,6 +361,7 @@ def test_one_decoy_in_each_block_at_the_place_that_was_drawn() -> None:
     assert asked == [3, 19, 20]
 
 
+@pytest.mark.threat("T121")
 def test_places_of_decoys_are_not_foreseeable() -> None:
     found = set()
     for _ in range(20):

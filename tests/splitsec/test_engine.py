@@ -66,6 +66,7 @@ def one_step(number: int, *, redo: bool = False, micro_batches: int = 1) -> Step
     return Step(number, TRAIN, 0, micros, redo)
 
 
+@pytest.mark.threat("T40")
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -191,6 +192,7 @@ def test_a_step_that_may_not_be_redone_is_made_at_once() -> None:
     assert_unchanged(server.segment, plainly([5]).weights())
 
 
+@pytest.mark.threat("T131")
 def test_what_is_redone_leaves_nothing_of_the_first_attempt() -> None:
     """Neither in weights and state of the optimiser, nor in buffers of any kind, nor in the score."""
     server, plain = Server(trunk()), plainly([5, 6, 7])
@@ -250,6 +252,7 @@ def the_next_and_then_again(server: Server) -> None:
     server.hear("activation", (5, 1), torch.ones(4, 2))
 
 
+@pytest.mark.threat("T131")
 @pytest.mark.parametrize(
     ("says", "redo", "words", "standing"),
     [
@@ -458,6 +461,7 @@ def steps_to(last: int, *, micro_batches: int = 1) -> list[Step]:
     return [one_step(number, redo=number < last, micro_batches=micro_batches) for number in range(20, last + 1)]
 
 
+@pytest.mark.threat("T121")
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_decoy_is_compared_with_the_step_and_changes_nothing(micro_batches: int) -> None:
     steps = steps_to(25, micro_batches=micro_batches)
@@ -540,6 +544,7 @@ def test_without_training_nobody_looks() -> None:
     assert (watching.asked, watching.gradients, clinic.their_detectors.losses) == ([], [], [])
 
 
+@pytest.mark.threat("T110")
 def test_an_alarm_over_a_decoy_stops_before_anything_more_leaves() -> None:
     clinic = Clinic(Watching([21], suspects=21))
     reference = Clinic(Watching())
@@ -584,6 +589,7 @@ CLIPPING = OwnCutPrivacy.model_validate({"from": "stem", "to": "trunk", "forward
 LIMITS = [OwnPrivacy(epsilon=1.0), OwnPrivacy(label_epsilon=1.0), OwnPrivacy(cuts=(CLIPPING,))]
 
 
+@pytest.mark.threat("T134")
 @pytest.mark.parametrize("own", LIMITS, ids=["budget", "label budget", "clipping"])
 def test_where_a_release_is_limited_there_are_no_decoys(own: OwnPrivacy) -> None:
     demands = demands_of(GRAPH, PartyFile(party="clinic", privacy=own), make_plan(GRAPH, "clinic"))

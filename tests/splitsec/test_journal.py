@@ -80,6 +80,7 @@ def sentences(file: Path, head: str | None = None) -> list[str]:
 # --- what stands in it
 
 
+@pytest.mark.threat("T63")
 def test_an_entry_says_what_left_and_never_a_value(file: Path) -> None:
     with opened(file) as journal:
         assert put(journal, 3, body=[b"abc", memoryview(bytearray(8)).cast("B", (2, 4))], privacy={"clip": 1.0}) == 2
@@ -363,6 +364,7 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
 }
 
 
+@pytest.mark.threat("T61")
 @pytest.mark.parametrize("edit", EDITS)
 def test_tampering_is_found_and_named(written: Path, edit: str) -> None:
     change, expected = EDITS[edit]
@@ -379,6 +381,7 @@ def test_a_finding_says_number_and_line(written: Path) -> None:
     assert {(one.number, one.line) for one in verify(written)} == {(2, 2), (5, 4)}
 
 
+@pytest.mark.threat("T61")
 def test_the_head_file_is_missed_and_a_head_kept_elsewhere_shows_what_was_done_to_both(written: Path) -> None:
     kept = list(read(written))[-1].hash
     lines = written.read_bytes().splitlines(keepends=True)
@@ -490,6 +493,7 @@ for step in range(10**9):
 """
 
 
+@pytest.mark.threat("T60")
 def test_killed_at_any_moment_it_verifies_goes_on_and_holds_all_that_was_announced(file: Path) -> None:
     rng = random.Random(5)
     env = {**os.environ, "PYTHONPATH": str(TREE)}

@@ -303,6 +303,7 @@ SUMS = [
 ]
 
 
+@pytest.mark.threat("T134")
 @pytest.mark.parametrize(
     ("change", "may"),
     [
