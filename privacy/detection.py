@@ -157,13 +157,18 @@ class Likeness:
     """How alike a step's gradients are, summed over pairs of rows: with the same label, and with others.
 
     ``same`` over ``same_weight`` is the mean cosine, every pair counted alike; ``heavy_*``: every pair counted by the
-    product of its norms.  Weights of a step add up to 1, so that every step counts alike in a sum of several.
+    product of its norms; ``half_*``: by the root of that.  Weights of a step add up to 1, so that every step counts
+    alike in a sum of several.
     """
 
     same: float = 0.0
     same_weight: float = 0.0
     other: float = 0.0
     other_weight: float = 0.0
+    half_same: float = 0.0
+    half_same_weight: float = 0.0
+    half_other: float = 0.0
+    half_other_weight: float = 0.0
     heavy_same: float = 0.0
     heavy_same_weight: float = 0.0
     heavy_other: float = 0.0
@@ -179,6 +184,10 @@ class Likeness:
             self.same_weight + more.same_weight,
             self.other + more.other,
             self.other_weight + more.other_weight,
+            self.half_same + more.half_same,
+            self.half_same_weight + more.half_same_weight,
+            self.half_other + more.half_other,
+            self.half_other_weight + more.half_other_weight,
             self.heavy_same + more.heavy_same,
             self.heavy_same_weight + more.heavy_same_weight,
             self.heavy_other + more.heavy_other,
@@ -190,13 +199,13 @@ class Likeness:
 
     @property
     def same_mean(self) -> float:
-        """Mean cosine of rows with the same label."""
-        return self.same / self.same_weight if self.same_weight > 0 else math.nan
+        """Mean cosine of rows with the same label, every pair counted alike."""
+        return _mean(self.same, self.same_weight)
 
     @property
     def other_mean(self) -> float:
-        """Mean cosine of rows with different labels."""
-        return self.other / self.other_weight if self.other_weight > 0 else math.nan
+        """Mean cosine of rows with different labels, every pair counted alike."""
+        return _mean(self.other, self.other_weight)
 
     @property
     def agreement(self) -> float:
@@ -204,26 +213,28 @@ class Likeness:
         return self.same_mean - self.other_mean
 
     @property
-    def heavy_same_mean(self) -> float:
-        """As ``same_mean``, pairs counted by their norms."""
-        return self.heavy_same / self.heavy_same_weight if self.heavy_same_weight > 0 else math.nan
-
-    @property
-    def heavy_other_mean(self) -> float:
-        """As ``other_mean``, pairs counted by their norms."""
-        return self.heavy_other / self.heavy_other_weight if self.heavy_other_weight > 0 else math.nan
-
-    @property
     def common(self) -> float:
-        """What rows of different labels have in common at least: the smaller of the two means of others."""
-        return _least(self.other_mean, self.heavy_other_mean)
+        """What rows of different labels have in common at least, counted by norms and by their roots.
+
+        Both, since each alone is led astray in honest trainings: by the few rows that a network which has converged
+        still gets wrong, or by the many that it has right.  Counting every pair alike is not asked: a peer would only
+        have to answer some rows with next to nothing.
+        """
+        return _least(_mean(self.half_other, self.half_other_weight), _mean(self.heavy_other, self.heavy_other_weight))
 
     @property
     def share(self) -> float:
         """And what share that is of what rows with the same label have in common: the smaller of the two."""
         enough = self.same_pairs >= LEAST_PAIRS
-        pairs = ((self.other_mean, self.same_mean), (self.heavy_other_mean, self.heavy_same_mean))
+        pairs = (
+            (_mean(self.half_other, self.half_other_weight), _mean(self.half_same, self.half_same_weight)),
+            (_mean(self.heavy_other, self.heavy_other_weight), _mean(self.heavy_same, self.heavy_same_weight)),
+        )
         return _least(*(other / (same if enough and same > _NOTHING else 1.0) for other, same in pairs))
+
+
+def _mean(total: float, weight: float) -> float:
+    return total / weight if weight > 0 else math.nan
 
 
 def _least(*values: float) -> float:
@@ -253,15 +264,16 @@ def likeness(gradients: Gradients, labels: torch.Tensor) -> Likeness | None:
         return None
     members = np.zeros((len(sizes), n))
     members[which, np.arange(n)] = 1.0
-    mixed = np.concatenate([members / norms, members / norms.max()])
-    sums = torch.from_numpy(mixed).to(rows) @ rows
+    by_norm = norms / norms.max()
+    counted = (np.ones(n), np.sqrt(by_norm), by_norm)
+    sums = torch.from_numpy(np.concatenate([members * (one / norms) for one in counted])).to(rows) @ rows
     products = (sums @ sums.T).double().cpu().numpy()
-    classes = len(sizes)
-    light = _pairs(products[:classes, :classes], sizes.astype(np.float64), float(n))
-    weights = norms / norms.max()
-    heavy = _pairs(products[classes:, classes:], members @ weights, float(weights @ weights))
+    light, half, heavy = (
+        _pairs(products[at : at + len(sizes), at : at + len(sizes)], members @ one, float(one @ one))
+        for at, one in zip(range(0, 3 * len(sizes), len(sizes)), counted, strict=True)
+    )
     same_pairs = int(sizes @ (sizes - 1)) // 2
-    return Likeness(*light, *heavy, same_pairs, n * (n - 1) // 2 - same_pairs, outside)
+    return Likeness(*light, *half, *heavy, same_pairs, n * (n - 1) // 2 - same_pairs, outside)
 
 
 def _pairs(products: Floats, weights: Floats, squares: float) -> tuple[float, float, float, float]:

@@ -327,7 +327,7 @@ class Detectors:
                 "same_label": seen.same_mean if not math.isnan(seen.same_mean) else 0.0,
                 "other_label": seen.other_mean,
                 "agreement": seen.agreement if not math.isnan(seen.agreement) else 0.0,
-                "other_label_by_norm": seen.heavy_other_mean,
+                "common": seen.common,
                 "pairs": seen.same_pairs + seen.other_pairs,
             },
         )

@@ -56,21 +56,19 @@ def labels_of(rows: int, *, classes: int = 4, seed: int = 0) -> torch.Tensor:
 # --- likeness
 
 
-def naive(rows: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float, float]:
-    """Mean cosine of same-label and of other pairs: every pair alike, then by the product of norms."""
-    sums = {(same, heavy): [0.0, 0.0] for same in (True, False) for heavy in (True, False)}
+def naive(rows: torch.Tensor, labels: torch.Tensor, power: float) -> tuple[float, float]:
+    """Mean cosine of same-label and of other pairs, every pair counted by the product of its norms to ``power``."""
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
     flat = rows.double().flatten(1)
     there = [place for place in range(len(flat)) if float(flat[place].abs().max()) > 0]
     for i, j in combinations(there, 2):
         one, other = flat[i], flat[j]
         lengths = math.sqrt(sum(float(v) ** 2 for v in one)) * math.sqrt(sum(float(v) ** 2 for v in other))
         cosine = sum(float(a) * float(b) for a, b in zip(one, other, strict=True)) / lengths
-        for heavy in (True, False):
-            weight = lengths if heavy else 1.0
-            kept = sums[bool(labels[i] == labels[j]), heavy]
-            kept[0] += weight * cosine
-            kept[1] += weight
-    return tuple(a / b for a, b in (sums[True, False], sums[False, False], sums[True, True], sums[False, True]))  # type: ignore[return-value]
+        kept = sums[bool(labels[i] == labels[j])]
+        kept[0] += lengths**power * cosine
+        kept[1] += lengths**power
+    return sums[True][0] / sums[True][1], sums[False][0] / sums[False][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -81,10 +79,12 @@ def test_likeness_is_what_a_loop_over_pairs_finds(shape: tuple[int, ...], dtype:
     labels = labels_of(11, classes=3, seed=4)
     seen = likeness(Gradients(rows), labels)
     assert seen is not None
-    found = (seen.same_mean, seen.other_mean, seen.heavy_same_mean, seen.heavy_other_mean)
-    assert found == pytest.approx(naive(rows, labels), abs=2e-5)
-    assert seen.agreement == pytest.approx(found[0] - found[1])
-    assert seen.common == pytest.approx(min(found[1], found[3]))
+    same, other = naive(rows, labels, 0.0)
+    assert (seen.same_mean, seen.other_mean, seen.agreement) == pytest.approx((same, other, same - other), abs=2e-5)
+    half, heavy = naive(rows, labels, 0.5), naive(rows, labels, 1.0)
+    assert seen.half_same / seen.half_same_weight == pytest.approx(half[0], abs=2e-5)
+    assert seen.heavy_same / seen.heavy_same_weight == pytest.approx(heavy[0], abs=2e-5)
+    assert seen.common == pytest.approx(min(half[1], heavy[1]), abs=2e-5)
     kept = [int(label) for place, label in enumerate(labels) if place != 3]
     assert seen.same_pairs == sum(a == b for a, b in combinations(kept, 2))
     assert seen.same_pairs + seen.other_pairs == 45
@@ -97,7 +97,7 @@ def test_likeness_does_not_depend_on_how_large_gradients_are(scale: float) -> No
     plain, scaled = likeness(Gradients(rows), labels), likeness(Gradients(rows * scale), labels)
     assert plain is not None and scaled is not None
     assert scaled.other_mean == pytest.approx(plain.other_mean, abs=1e-4)
-    assert scaled.heavy_same_mean == pytest.approx(plain.heavy_same_mean, abs=1e-4)
+    assert scaled.common == pytest.approx(plain.common, abs=1e-4)
     assert Gradients(rows * scale).norms.tolist() == pytest.approx(
         (rows.double() * scale).norm(dim=1).tolist(), rel=1e-3
     )
@@ -175,13 +175,23 @@ def test_a_network_that_says_one_class_for_all_is_honest() -> None:
             assert not LabelRule.suspicious(seen)
 
 
-def test_both_ways_to_count_pairs_must_agree() -> None:
-    """A few large rows that agree, or many tiny ones: a converged network makes either."""
+def test_a_few_rows_do_not_speak_for_a_batch() -> None:
+    """Tiny rows that all agree, or one large one: a converged network makes either."""
     honest, alike = of_classes(labels_of(32)), of_a_discriminator(32, spread=0.01)
-    for large, small in ((honest, 1e-3 * alike), (alike, 1e-3 * honest)):
-        rows = torch.cat([large[:8], small[8:]])
+    for rows in (torch.cat([honest[:8], 1e-3 * alike[8:]]), torch.cat([alike[:1], 1e-3 * honest[1:]])):
         rule = LabelRule()
         assert not any(judged(rule, rows, labels_of(32)) for _ in range(10))
+
+
+@pytest.mark.parametrize("part", [6, 12, 20])
+def test_answering_some_rows_with_next_to_nothing_hides_nothing(part: int) -> None:
+    rule = LabelRule()
+    said = []
+    for step in range(10):
+        labels = labels_of(32, seed=step)
+        rows = torch.cat([of_a_discriminator(32, seed=step)[:part], 1e-3 * of_classes(labels, seed=step)[part:]])
+        said.append(judged(rule, rows, labels))
+    assert True in said
 
 
 def test_few_pairs_wait_for_more_and_are_never_enough_alone() -> None:
@@ -205,7 +215,7 @@ def test_what_cannot_be_said_is_above_no_threshold() -> None:
     rule = LabelRule()
     labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     assert not any(judged(rule, alone, labels) for _ in range(20))
-    assert not LabelRule.suspicious(Likeness(other=0.9, other_weight=1.0, same=0.9, same_weight=1.0, same_pairs=99))
+    assert not LabelRule.suspicious(Likeness(half_other=0.9, half_other_weight=1.0))
     assert not LabelRule.suspicious(Likeness(heavy_other=0.9, heavy_other_weight=1.0))
 
 

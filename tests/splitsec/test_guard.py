@@ -449,7 +449,6 @@ def test_a_peer_that_is_connected_and_answers_nothing_is_given_up() -> None:
     assert asked == [7.0, 7.0]
 
 
-
 def test_an_error_of_the_channel_while_sending() -> None:
     guard, thread = door("clinic")
     thread.events.append(Opened(KEYS["server"]))
