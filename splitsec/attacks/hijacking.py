@@ -54,7 +54,7 @@ CERTAIN: Final = 0.35
 """Of the loss of guessing: below it, a false label shows in the loss of a batch."""
 MARGIN: Final = 0.8
 """Of the detector's threshold, that is not passed."""
-EVADE: Final = "part"
+EVADE: Final = "mix"
 FAINT: Final = 1e-3
 """Size of the answer to rows that are not hijacked, where others are."""
 
@@ -290,7 +290,8 @@ class AdaptiveStrategy(HijackingStrategy):
 
     - ``mix``: the honest gradient mixed in with the least weight that suffices, or with ``weight``;
     - ``centre``: what all rows have in common taken out as far as needed;
-    - ``part``: only part of the rows hijacked, the others answered with next to nothing.
+    - ``part``: only part of the rows hijacked, the others answered with next to nothing (for a fixed ``weight``, the
+      share of those; the detector counts rows by their size, and sees it).
 
     Options besides: ``honest_batches``, the least number of honest ones before the first hijacked one.
     """

@@ -239,7 +239,7 @@ def _widths(first: int, width: int, sizes: Sequence[Size]) -> list[int]:
 
 
 def _norm(channels: int) -> nn.Module:
-    """Without it a decoder of mostly dark pictures begins by going dark for good: its last tanh saturates."""
+    """Without it and with torch's own first weights, a decoder of dark pictures goes dark for good (tanh saturates)."""
     return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 

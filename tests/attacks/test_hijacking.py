@@ -245,7 +245,7 @@ def test_it_begins_honestly_and_is_not_seen(folder: Path) -> None:
 
 
 @pytest.mark.threat("T46", "T112")
-@pytest.mark.parametrize("way", ["mix", "centre", "part"])
+@pytest.mark.parametrize("way", ["mix", "centre"])
 def test_every_way_stays_below_the_threshold(folder: Path, way: str) -> None:
     world, _, loot, wire = hijack(folder, AdaptiveStrategy, 120, evade=way)
     assert loot.numbers["began"] < 110
@@ -255,9 +255,10 @@ def test_every_way_stays_below_the_threshold(folder: Path, way: str) -> None:
     assert alarm(world, wire) is None
 
 
-def test_a_weight_too_small_is_seen(folder: Path) -> None:
-    world, _, loot, wire = hijack(folder, AdaptiveStrategy, 120, evade="mix", weight=0.1)
-    assert loot.numbers["weight"] == pytest.approx(0.1)
+@pytest.mark.parametrize(("way", "weight"), [("mix", 0.1), ("part", 0.4)])
+def test_too_little_given_up_is_seen(folder: Path, way: str, weight: float) -> None:
+    world, _, loot, wire = hijack(folder, AdaptiveStrategy, 120, evade=way, weight=weight)
+    assert loot.numbers["weight"] == pytest.approx(weight)
     assert (at := alarm(world, wire)) is not None and loot.numbers["began"] <= at <= loot.numbers["began"] + 10
 
 
@@ -265,7 +266,7 @@ def test_a_weight_too_small_is_seen(folder: Path) -> None:
 def test_decoys_are_answered_honestly(folder: Path) -> None:
     """It tells false labels by its loss; and to the same rows with true ones it is honest too."""
     world = open_world(folder, epochs=10)
-    strategy = AdaptiveStrategy(a_scene(world))
+    strategy = AdaptiveStrategy(a_scene(world, options={"evade": "part", "weight": 0.3, "decoder_rounds": 20}))
     train(world, {"server": strategy}, batches=160)
     stem, trunk = world.segments["clinic"]["stem"].module, world.segments["server"]["trunk"]
     stage = world.plans["server"].streams[0].stages[0]
