@@ -111,7 +111,6 @@ def _attack(assignment: dict[str, Any], report: Told) -> None:
         report({"event": "left alone", "text": str(error)})
     finally:
         party.close(reason)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
     write_loot(party.strategy.loot(), Path(assignment["loot"]))
     report({"event": "done"})
 
