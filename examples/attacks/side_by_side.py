@@ -300,7 +300,9 @@ def table(data: str, attack: str, rows: Mapping[str, Any]) -> list[str]:
     lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in found:
         one = row[attack]
-        what = row["what"] + (f" (epsilon {row['epsilon']:.3g})" if row.get("epsilon") else "")
+        what = row["what"]
+        if (epsilon := row.get("epsilon")) is not None:
+            what += f" (epsilon {epsilon:.3g})" if math.isfinite(epsilon) else " (no finite epsilon)"
         cells = [what, f"{row['accuracy']:.1%}"]
         if baseline is not None:
             cells.append(number(one["reconstruction_mse"]))

@@ -209,6 +209,26 @@ def test_batches_without_a_second_label_neither_help_nor_harm() -> None:
     assert said == [None] * 4 + [True]
 
 
+def test_rows_that_have_little_in_common_with_anything_are_honest() -> None:
+    """What a deep network's gradients are like: nearly orthogonal, whatever the label."""
+    rule = LabelRule()
+    for step in range(20):
+        rows, labels = of_a_discriminator(64, seed=step, spread=1.4), labels_of(64, seed=step)
+        seen = rule.add(likeness(Gradients(rows), labels))
+        if seen is not None:
+            assert seen.share > detection.SHARED
+            assert 0.2 < seen.common < detection.COMMON
+            assert not LabelRule.suspicious(seen)
+
+
+def test_rows_without_a_direction_in_float32_are_left_out() -> None:
+    rows = of_classes(labels_of(16))
+    rows[5:] *= 1e-17
+    seen = likeness(Gradients(rows), labels_of(16))
+    assert seen is not None
+    assert seen.same_pairs + seen.other_pairs == 10
+
+
 def test_what_cannot_be_said_is_above_no_threshold() -> None:
     alone = torch.zeros(8, 12)
     alone[0], alone[1:] = 1.0, 1e-14  # counted by norms, one row is all there is
@@ -322,6 +342,13 @@ def test_rows_that_all_point_one_way_are_told_from_others() -> None:
     rule = OneWayRule()
     means = [rule.add(Gradients(of_classes(labels_of(16, seed=step), seed=step))) for step in range(40)]
     assert means[39] is not None and not OneWayRule.suspicious(means[39])
+    for parts in ((1e-3, 1.0), (1.0, 1e-3)):  # a few large rows that agree, or many tiny ones
+        rule = OneWayRule()
+        for step in range(20):
+            alike = of_a_discriminator(32, seed=step, spread=0.01)
+            mixed = torch.cat([alike[:8], of_classes(labels_of(32, seed=step), seed=step)[8:]])
+            mean = rule.add(Gradients(torch.cat([mixed[:8] * parts[0], mixed[8:] * parts[1]])))
+        assert mean is not None and not OneWayRule.suspicious(mean)
     rule = OneWayRule()
     assert all(rule.add(Gradients(of_a_discriminator(7))) is None for _ in range(40)), "too few rows"
 

@@ -248,6 +248,17 @@ def test_a_gradient_that_heeds_one_of_two_labels_is_honest() -> None:
     for number in range(30):
         labels = labels_of(32, number)
         watched.step(honest(labels, number), {"y": labels, "z": rare[number]})
+    one_of_two = Watched(graph_of(more=two))
+    for number in range(30):  # nearly all labels y are one: samples of different z are pulled the same way for that
+        few = (labels_of(32, 300 + number, 10) == 0).long()
+        pulls = (1.0 - 2.0 * few)[:, None] * (draw(1, 12, seed=7) + 0.1 * draw(32, 12, seed=number))
+        one_of_two.step(pulls / 32, {"y": few, "z": labels_of(32, number, 2).float()})
+    only = Watched(graph_of(loss="bce", dtype="float32"))
+    with pytest.raises(SuspectedAttack):
+        for number in range(30):
+            few = (labels_of(32, 300 + number, 10) == 0).long()
+            pulls = (1.0 - 2.0 * few)[:, None] * (draw(1, 12, seed=7) + 0.1 * draw(32, 12, seed=number))
+            only.step(pulls / 32, {"y": labels_of(32, number, 2).float()})
     with pytest.raises(SuspectedAttack):
         for number in range(10):
             watched.step(hijacked(32, number), {"y": labels_of(32, number), "z": labels_of(32, 50 + number, 2).float()})
@@ -260,6 +271,10 @@ def test_huge_gradients_are_stopped_in_the_step_they_come_in() -> None:
     with pytest.raises(SuspectedAttack) as caught:
         watched.step(honest(labels, 1) * 1e12, {"y": labels})
     assert (caught.value.detector, caught.value.batch) == ("outliers", 1)
+    alone = torch.zeros(32, 12)
+    alone[0, 0] = 1e9  # of the batch's mean: the sample's own gradient is 32 times as long
+    with pytest.raises(SuspectedAttack, match=r"of norm 3\.2e\+10"):
+        Watched().step(alone, {"y": labels})
     watched = Watched()
     for number in range(25):
         labels = labels_of(32, number)
