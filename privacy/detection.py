@@ -84,7 +84,7 @@ its next hard sample one of ordinary size."""
 SETTLED: Final = 20
 """Steps with any gradient at all before ``JUMP`` is asked for."""
 
-ONE_WAY: Final = 0.9
+ONE_WAY: Final = 0.95
 """Length of the sum of a step's gradients over the sum of their lengths, as they are and each scaled to length 1,
 whichever is less; mean of ``ONE_WAY_STEPS`` steps.  For a warning."""
 

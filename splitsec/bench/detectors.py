@@ -861,7 +861,7 @@ def _draw(report: dict[str, Any], file: Path) -> None:
         place.set_title(title, fontsize=9)
         place.set_xlabel(label, fontsize=8)
         place.set_ylim(-3, 103)
-        place.legend(fontsize=7, loc="center left" if name == "changed" else "best")
+        place.legend(fontsize=7, loc="center right" if name == "changed" else "best")
     places[0].set_ylabel("%")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
