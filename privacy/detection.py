@@ -40,7 +40,8 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 COMMON: Final = 0.4
 """Mean cosine of gradients of rows with *different* labels, over ``WINDOW`` steps, above which something else rules.
-Where labels matter they are at most about 0: a class pulls away from the others."""
+Where labels matter they are about 0 or below: a class pulls away from the others.  Measured: at most 0.33 in 29 honest
+trainings, 0.63 or more in 200 hijackings within ten batches; 0.66 in one training that had diverged."""
 
 SHARED: Final = 0.6
 """And above this share of the mean cosine of rows with the *same* label.  If a network wrongly says one class for all,
@@ -72,10 +73,12 @@ LEAST_CHANGED: Final = 4
 """Rows with a false label, below which a decoy says too little."""
 
 HUGE: Final = 1e10
-"""Norm of one sample's gradient (of its own loss, not of the batch's mean) that no training survives."""
+"""Norm of one sample's gradient (of its own loss, not of the batch's mean) that no training survives.  Measured: at
+most 95 in 29 honest trainings."""
 
 JUMP: Final = 1e3
-"""Times the largest norm before, after ``SETTLED`` steps, above which a gradient is no outlier of training's own."""
+"""Times the largest norm before, after ``SETTLED`` steps, above which a gradient is no outlier of training's own.
+Measured: at most 5.8 in 29 honest trainings."""
 
 LARGE: Final = 1e3
 """And above this, whatever came before: a network that has converged makes gradients as small as float32 has them, and
@@ -86,7 +89,8 @@ SETTLED: Final = 20
 
 ONE_WAY: Final = 0.95
 """Length of the sum of a step's gradients over the sum of their lengths, as they are and each scaled to length 1,
-whichever is less; mean of ``ONE_WAY_STEPS`` steps.  For a warning."""
+whichever is less; mean of ``ONE_WAY_STEPS`` steps.  For a warning: 0.99 or more under hijacking, and up to 0.96 in
+honest trainings on a table, 0.99 where a batch has one label."""
 
 ONE_WAY_STEPS: Final = 20
 ONE_WAY_ROWS: Final = 8

@@ -7,6 +7,7 @@ measured by ``splitsec bench detectors``; two short runs of it stand at the end.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Final
@@ -395,6 +396,25 @@ def test_short_honest_trainings_raise_no_alarm(case: bench.Honest, table: bench.
     assert record.batches == 150
     assert (record.stopped, record.decoy_alarms, record.size_alarms, record.replays) == (None, 0, 0, 0)
     assert record.changed or case.one_label
+
+
+def test_the_curve_and_the_tables_are_made_from_the_runs(table: bench.Data, capsys: pytest.CaptureFixture[str]) -> None:
+    honest, attack = bench.HONEST[12], next(one for one in bench.ATTACKS if one.task is bench.TABLE)
+    records = {
+        "honest": [bench._watched(honest.name, honest.batch, bench._honest(honest, table, 60, seed=1))],
+        "attacks": [bench._watched(f"attack: {attack.name}", attack.batch, bench._attacked(attack, table, 1))],
+    }
+    curves = bench.curves(records)
+    at = {name: {threshold: shares for threshold, *shares in points} for name, points in curves.items()}
+    assert at["common"][detection.COMMON] == [0.0, 1.0]
+    assert at["common"][-0.2][1] == 1.0 and at["common"][1.0] == [0.0, 0.0]
+    assert at["changed"][detection.HEEDED] == [0.0, 1.0]
+    price = bench.cost(3)
+    bench._print({"runs": {name: [asdict(one) for one in group] for name, group in records.items()}, "cost": price})
+    printed = capsys.readouterr().out
+    assert f"| {honest.name} | 16 | 60 | no |" in printed
+    assert f"| {attack.name} | 1 | 1 | 5 to 5 |" in printed
+    assert price["without_labels_ms"] > 0 and price["share"] == price["with_labels_ms"] / bench.STEP_MS
 
 
 @pytest.mark.threat("T110")
