@@ -1004,12 +1004,6 @@ class ProtocolAbuse(Attack):
     """
 
     name: ClassVar[str] = "protocol-abuse"
-    title: ClassVar[str] = "Protocol abuse"
-    adversary: ClassVar[str] = "a party with a right key that says what the graph does not allow"
-    source: ClassVar[str] = "ours"
-    tries: ClassVar[str] = (
-        "asks for more epochs, other shapes, undeclared cuts; replays, stalls, sends NaN and huge values"
-    )
 
     def __init__(self, cases: Sequence[str] | None = None, nest: Nest | None = None) -> None:
         self._nest = nest

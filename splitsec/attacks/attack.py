@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from splitsec.attacks.arena import Aim, Fought, Ground
+from splitsec.attacks.catalogue import ATTACKS
 from splitsec.attacks.outcome import Case, Curve, Outcome, Picture, Pictures, Verdict
 from splitsec.attacks.strategy import Strategy, bounds
 from splitsec.graph import Graph
@@ -119,11 +120,7 @@ class Attack:
     """Base of every attack's judging half."""
 
     name: ClassVar[str]
-    title: ClassVar[str]
-    adversary: ClassVar[str]
-    source: ClassVar[str]
-    tries: ClassVar[str]
-    """What it tries, one plain clause."""
+    """In the catalogue, which has all that is told of it before it is loaded."""
 
     def run(self, ground: Ground) -> Outcome:
         """Carry the attack out on ``ground`` and judge it."""
@@ -132,11 +129,12 @@ class Attack:
     def outcome(self, ground: Ground, judged: Judgement, *, fought: Fought | None = None, **more: Any) -> Outcome:
         """``judged`` with what is true of every attack."""
         alarm = None if fought is None else fought.alarm
+        entry = ATTACKS[self.name]
         return Outcome(
             attack=self.name,
-            title=self.title,
-            adversary=self.adversary,
-            source=self.source,
+            title=entry.title,
+            adversary=entry.adversary,
+            source=entry.source,
             defences=ground.defences(),
             stopped_at_batch=None if alarm is None else alarm.batch,
             stopped_by=None if alarm is None else alarm.detector,

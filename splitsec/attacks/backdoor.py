@@ -36,7 +36,7 @@ from splitsec.attacks.arena import Aim, Fought, Ground
 from splitsec.attacks.attack import CutAttack, Judgement, Truth
 from splitsec.attacks.labels import Overhearing, classifies, clusters, dominant_direction
 from splitsec.attacks.outcome import Case, Outcome, Verdict
-from splitsec.attacks.strategy import Loot, Scene, Strategy
+from splitsec.attacks.strategy import Imposter, Loot, Scene, Strategy
 from splitsec.graph import Graph
 from splitsec.party import load_segments
 from splitsec.plan import Edge, Stage, make_plan
@@ -228,20 +228,11 @@ class _Planter(Overhearing):
         return output
 
 
-class _Flipping(Segment):
+class _Flipping(Imposter):
     """Trains itself honestly and sends back every gradient multiplied by ``factor``."""
 
     def __init__(self, honest: Segment, factor: float) -> None:
-        super().__init__(
-            honest.name,
-            honest.module,
-            honest.optimizer,
-            loss=honest.loss,
-            loss_name=honest.loss_name,
-            seed=honest.seed,
-            nopeek=honest.nopeek,
-            private=honest.private,
-        )
+        super().__init__(honest)
         self.factor = factor
         self.steps = 0
 
@@ -343,10 +334,6 @@ class Backdoor(CutAttack):
     """Every form that the graph has a party for, one run each, and one run without any."""
 
     name: ClassVar[str] = "backdoor"
-    title: ClassVar[str] = "Backdoor and poisoned gradients"
-    adversary: ClassVar[str] = "a client or a server that spoils the training"
-    source: ClassVar[str] = "Bai et al. 2023 (VILLAIN); Gu et al. 2017 (BadNets); simple forms"
-    tries: ClassVar[str] = "plants a trigger, or ruins what is learnt"
     batches: ClassVar[int] = 100
     has_public: ClassVar[bool] = False
     strategy: ClassVar[type[Strategy]] = BackdoorStrategy

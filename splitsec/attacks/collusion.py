@@ -34,7 +34,7 @@ from splitsec.attacks.attack import (
     mean_error,
     verdict_of,
 )
-from splitsec.attacks.strategy import Listener, Loot, Scene, Strategy, bounds
+from splitsec.attacks.strategy import Imposter, Listener, Loot, Scene, Strategy, bounds
 from splitsec.plan import Edge, Stage, relays_needed
 from splitsec.segments import Segment, build_segments
 
@@ -93,20 +93,11 @@ class CollusionStrategy(Strategy):
         return Loot({**tensors, "own": self.own})
 
 
-class _Keeper(Segment):
+class _Keeper(Imposter):
     """An honest stem that keeps a copy of itself from the beginning and the end of its last turn."""
 
     def __init__(self, honest: Segment, strategy: Strategy) -> None:
-        super().__init__(
-            honest.name,
-            honest.module,
-            honest.optimizer,
-            loss=honest.loss,
-            loss_name=honest.loss_name,
-            seed=honest.seed,
-            nopeek=honest.nopeek,
-            private=honest.private,
-        )
+        super().__init__(honest)
         self.before = self.after = self.weights()
         self._strategy = strategy
         self._epoch = -1
@@ -248,10 +239,6 @@ class Collusion(CutAttack):
     """The server and one clinic against the other clinics."""
 
     name: ClassVar[str] = "collusion"
-    title: ClassVar[str] = "Colluding parties"
-    adversary: ClassVar[str] = "the server with a clinic"
-    source: ClassVar[str] = "He, Zhang, Lee 2019 (white box); ours"
-    tries: ClassVar[str] = "puts together what each of two parties knows"
     batches: ClassVar[int] = 150
     has_public: ClassVar[bool] = False
     strategy: ClassVar[type[Strategy]] = CollusionStrategy

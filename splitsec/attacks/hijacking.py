@@ -414,10 +414,6 @@ class Hijacking(CutAttack):
     """Feature-space hijacking by the party that a cut leads to."""
 
     name = "hijacking"
-    title = "Feature-space hijacking"
-    adversary = "a server that returns gradients of its own choosing"
-    source = "Pasquini, Ateniese, Bernaschi 2021 (FSHA)"
-    tries = "trains the clients' segment into an encoder that the server can invert"
     batches: ClassVar[int] = 1500
     strategy: ClassVar[type[Strategy]] = HijackingStrategy
 
@@ -535,10 +531,6 @@ class AdaptiveHijacking(Hijacking):
     """The same by a party that knows the detectors."""
 
     name = "hijacking-adaptive"
-    title = "Hijacking that knows the detectors"
-    adversary = "a server that knows how clients look at its gradients"
-    source = "Pasquini et al. 2021; Erdogan, Kupcu, Cicek 2022 (SplitGuard); ours"
-    tries = "answers decoys honestly, and makes hijacking gradients look as if they heeded labels"
     strategy: ClassVar[type[Strategy]] = AdaptiveStrategy
 
     def figures(self, loot: Loot) -> dict[str, float]:

@@ -500,12 +500,6 @@ class Inversion(CutAttack):
     """Samples from activations, by a decoder trained on public samples."""
 
     name: ClassVar[str] = "inversion"
-    title: ClassVar[str] = "Decoder inversion with public samples"
-    adversary: ClassVar[str] = (
-        "an honest server that looks at what it receives, has public samples and the architecture"
-    )
-    source: ClassVar[str] = "He, Zhang, Lee 2019"
-    tries: ClassVar[str] = "trains a decoder from activations back to samples"
     batches: ClassVar[int] = 400
     knows_architecture: ClassVar[bool] = True
     strategy: ClassVar[type[Strategy]] = InversionStrategy

@@ -352,10 +352,6 @@ class LabelInference(CutAttack):
     """Labels from gradients, by a party that nobody gave any labels."""
 
     name: ClassVar[str] = "label-inference"
-    title: ClassVar[str] = "Label inference from gradients"
-    adversary: ClassVar[str] = "an honest party that receives gradients and no labels"
-    source: ClassVar[str] = "Li et al. 2022; Kariyappa, Qureshi 2023 (ExPLoit); Erdogan et al. 2022 (UnSplit)"
-    tries: ClassVar[str] = "tells labels from the norm and the direction of gradients, and by matching them"
     batches: ClassVar[int] = 100
     has_public: ClassVar[bool] = False
     strategy: ClassVar[type[Strategy]] = LabelStrategy

@@ -242,10 +242,6 @@ class Membership(CutAttack):
     """Which samples were trained on."""
 
     name: ClassVar[str] = "membership"
-    title: ClassVar[str] = "Membership inference"
-    adversary: ClassVar[str] = "an honest server that knows the clients' architecture and is shown samples"
-    source: ClassVar[str] = "Shokri et al. 2017 (shadow models); matching of activations: ours"
-    tries: ClassVar[str] = "tells which samples were trained on"
     batches: ClassVar[int] = 400
     knows_architecture: ClassVar[bool] = True
     strategy: ClassVar[type[Strategy]] = MembershipStrategy

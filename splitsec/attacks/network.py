@@ -824,10 +824,6 @@ class NetworkAbuse(Attack):
     """
 
     name: ClassVar[str] = "network-abuse"
-    title: ClassVar[str] = "Network abuse"
-    adversary: ClassVar[str] = "somebody on the line, or with a stolen key"
-    source: ClassVar[str] = "ours"
-    tries: ClassVar[str] = "tampers, replays, reorders, downgrades, impersonates"
 
     def __init__(self, cases: Sequence[str] | None = None, nest: Nest | None = None) -> None:
         self._nest = nest

@@ -175,10 +175,6 @@ class Simulator(CutAttack):
     """Samples from activations, by a simulator of the clients' segment that is trained against a discriminator."""
 
     name: ClassVar[str] = "simulator"
-    title: ClassVar[str] = "Passive simulator"
-    adversary: ClassVar[str] = "an honest server that has public samples, and knows nothing of the clients' segment"
-    source: ClassVar[str] = "Zhu et al. 2025 (SDAR)"
-    tries: ClassVar[str] = "learns to simulate the clients' segment and to invert the simulation"
     batches: ClassVar[int] = 400
     strategy: ClassVar[type[Strategy]] = SimulatorStrategy
 

@@ -19,7 +19,7 @@ from splitsec.plan import Edge, Plan, Stage
 from splitsec.schedule import TRAIN, Turn
 from splitsec.segments import Segment
 
-__all__ = ["Heard", "Listener", "Loot", "Scene", "Strategy", "bounds"]
+__all__ = ["Heard", "Imposter", "Listener", "Loot", "Scene", "Strategy", "bounds"]
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,10 @@ class Heard:
     """What was sent back, ``[rows, *cut shape]``."""
 
 
-class Listener(Segment):
-    """An honest segment that remembers: it computes and answers as the segment it stands for, to the last bit.
+class Imposter(Segment):
+    """A segment in the place of an honest one, with its module, optimiser and loss."""
 
-    ``cut``: the input edge to listen at.  ``heard``: one entry for each training micro-batch, of the last ``keep``
-    epochs' worth, oldest first; a batch that is sent again (docs/detectors.md: decoys) replaces itself, and the false
-    one goes to ``decoys``.
-    """
-
-    def __init__(self, honest: Segment, cut: str, strategy: Strategy, *, keep: int = 1) -> None:
+    def __init__(self, honest: Segment) -> None:
         super().__init__(
             honest.name,
             honest.module,
@@ -138,6 +133,18 @@ class Listener(Segment):
             nopeek=honest.nopeek,
             private=honest.private,
         )
+
+
+class Listener(Imposter):
+    """An honest segment that remembers: it computes and answers as the segment it stands for, to the last bit.
+
+    ``cut``: the input edge to listen at.  ``heard``: one entry for each training micro-batch, of the last ``keep``
+    epochs' worth, oldest first; a batch that is sent again (docs/detectors.md: decoys) replaces itself, and the false
+    one goes to ``decoys``.
+    """
+
+    def __init__(self, honest: Segment, cut: str, strategy: Strategy, *, keep: int = 1) -> None:
+        super().__init__(honest)
         self.heard: list[Heard] = []
         self.decoys: list[Heard] = []
         self.batches = 0

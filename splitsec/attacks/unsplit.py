@@ -213,10 +213,6 @@ class UnSplit(CutAttack):
     """Samples and the clients' segment from activations alone."""
 
     name: ClassVar[str] = "unsplit"
-    title: ClassVar[str] = "Inversion without data, and model stealing"
-    adversary: ClassVar[str] = "an honest server that knows the clients' architecture and has no sample"
-    source: ClassVar[str] = "Erdogan, Kupcu, Cicek 2022 (UnSplit)"
-    tries: ClassVar[str] = "finds samples and a copy of the clients' segment that explain the activations"
     batches: ClassVar[int] = 400
     knows_architecture: ClassVar[bool] = True
     strategy: ClassVar[type[Strategy]] = UnSplitStrategy
