@@ -44,6 +44,8 @@ __all__ = [
 GOT_SOMETHING: Final = ("recovered", "partly recovered")
 """The verdicts that say: something was got, whether or not the run was stopped in the end."""
 
+NOT_HELD: Final[Verdict] = "not all held"
+
 GUESSING: Final = ", guessing"
 """A figure whose name is another's with this at its end is what guessing gets, and stands beside that other."""
 
@@ -53,6 +55,7 @@ MEANINGS: Final[Mapping[Verdict, str]] = {
     "nothing recovered": "The attack ran to its end, and what it came away with is about as good as a guess.",
     "stopped": "A detector at a party ended the run, and what the attacker held by then is about as good as a guess.",
     "refused": "Everything that was tried was turned away.",
+    "not all held": "Some of what was tried was not turned away; it stands first among the cases.",
     "does not apply": "This graph gives the attack no place to stand.",
 }
 
@@ -100,7 +103,8 @@ def _summed(outcomes: Sequence[Outcome], undefended: bool, failed: Sequence[Fail
     if not count:
         parts = ["No attack came to its end." if failed else "No attack was run."]
     elif count == 1:
-        parts = [f"One attack was run ({applied[0].title}), and it got {'something' if got else 'nothing'}."]
+        came = "not all of it was turned away" if applied[0].verdict == NOT_HELD else "it got nothing"
+        parts = [f"One attack was run ({applied[0].title}), and {'it got something' if got else came}."]
     else:
         which = ": " + _listed([one.title for one in got]) if got else ""
         parts = [f"Of {count} attacks, {len(got) or 'none'} got {'something' if got else 'anything'}{which}."]
@@ -117,6 +121,7 @@ _REST: Final[Mapping[Verdict, str]] = {
     "stopped": "{} {were} stopped by a detector before what the attacker held was worth anything.",
     "refused": "{} {were} turned away in everything that {they} tried.",
     "nothing recovered": "{} ran to the end and came away with nothing better than a guess.",
+    "not all held": "{} {were} not turned away in everything that {they} tried.",
 }
 
 
@@ -267,7 +272,7 @@ def page(
 
 def _verdict(outcomes: Sequence[Outcome], undefended: bool, failed: Sequence[Failed], waiting: Sequence[str]) -> str:
     verdicts = {one.verdict for one in outcomes}
-    level = "bad" if "recovered" in verdicts else "some" if verdicts & set(GOT_SOMETHING) or failed else "good"
+    level = "bad" if "recovered" in verdicts else "some" if verdicts & {*GOT_SOMETHING, NOT_HELD} or failed else "good"
     if not verdicts - {"does not apply"}:
         level = "none"
     notes = []
@@ -331,7 +336,9 @@ def _stopped(outcome: Outcome) -> str:
     if outcome.stopped_by is not None or outcome.stopped_at_batch is not None:
         where = "" if outcome.stopped_at_batch is None else f", in batch {outcome.stopped_at_batch:,}"
         return _e(f"{outcome.stopped_by or 'a detector'}{where}")
-    return {"refused": "the rules of the protocol", "does not apply": ""}.get(outcome.verdict, "not stopped")
+    return {"refused": "the rules of the protocol", NOT_HELD: "not always", "does not apply": ""}.get(
+        outcome.verdict, "not stopped"
+    )
 
 
 def _section(place: int, outcome: Outcome, tries: str) -> str:
@@ -400,7 +407,9 @@ def _failures(failed: Sequence[Failed]) -> str:
 
 
 def _badge(verdict: Verdict) -> str:
-    level = {"recovered": "bad", "partly recovered": "some", "does not apply": "none"}.get(verdict, "good")
+    level = {"recovered": "bad", "partly recovered": "some", NOT_HELD: "some", "does not apply": "none"}.get(
+        verdict, "good"
+    )
     return f'<span class="badge {level}">{_mark(verdict)}{_e(verdict)}</span> '
 
 
@@ -410,6 +419,7 @@ _MARKS: Final[Mapping[str, str]] = {
     "nothing recovered": '<circle cx="8" cy="8" r="6"/>',
     "stopped": '<path class="solid" d="M5 2h6l3 3v6l-3 3H5l-3-3V5z"/>',
     "refused": '<path d="M2.5 8.5l4 4 7-9"/>',
+    "not all held": '<path d="M3 3l10 10M13 3l-10 10"/>',
     "does not apply": '<path d="M3 8h10"/>',
 }
 """A shape for each verdict: colour alone tells nothing to many."""

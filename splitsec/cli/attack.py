@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from splitsec.cli.simulate import counted, seeded
 
 if TYPE_CHECKING:
-    from splitsec.attacks.outcome import Outcome
+    from splitsec.attacks.outcome import Outcome, Verdict
     from splitsec.attacks.report import Failed
     from splitsec.graph import Graph
 
@@ -347,12 +347,13 @@ class Watched:
         self.bar.start()
 
 
-STYLES: Final = {
+STYLES: Final[Mapping[Verdict, str]] = {
     "recovered": "bold red",
     "partly recovered": "bold yellow",
     "nothing recovered": "bold green",
     "stopped": "bold green",
     "refused": "bold green",
+    "not all held": "bold yellow",
     "does not apply": "dim",
 }
 

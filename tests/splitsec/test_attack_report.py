@@ -14,6 +14,7 @@ import io
 import json
 import re
 import stat
+import typing
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
@@ -352,6 +353,27 @@ def test_a_page_without_a_finding_says_that_this_proves_nothing() -> None:
             assert html.escape(verdict) in text
     assert "switched off" in page("f", [outcome()], undefended=True)
     assert "Keep this page where the data may be kept" in page("f", [full()], undefended=False)
+
+
+@pytest.mark.parametrize("verdict", typing.get_args(Verdict))
+def test_every_verdict_has_a_page_a_block_and_a_word_in_the_summary(
+    verdict: Verdict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from splitsec.cli.attack import print_outcome
+
+    one = outcome(verdict)
+    assert html.escape(verdict) in page("f", [one], undefended=False)
+    print_outcome(one)
+    assert verdict in capsys.readouterr().out
+    if verdict not in ("recovered", "partly recovered", "does not apply"):
+        assert len(summary([one, one, outcome("recovered")], undefended=False).split(". ")) == 2
+    assert MEANINGS[verdict] in html.unescape(page("f", [one], undefended=False))
+
+
+def test_abuse_that_was_not_all_turned_away_is_not_called_nothing() -> None:
+    assert summary([outcome("not all held")], undefended=False).endswith("and not all of it was turned away.")
+    assert "verdict some" in page("f", [outcome("not all held")], undefended=False)
+    assert "verdict good" in page("f", [outcome("refused")], undefended=False)
 
 
 def test_the_page_states_what_counts_as_recovered_as_the_attacks_do() -> None:
