@@ -16,6 +16,7 @@ that one.  Where the word goes from one to another and no weights go with it, th
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -278,26 +279,38 @@ class Gossip:
         """Wait until ``member`` has said so to us."""
         self._listen(lambda: (member, epoch) in self._given)
 
-    def stay_until_all_are_done(self, outside: Collection[str] = ()) -> None:
+    def stay_until_all_are_done(self, outside: Collection[str] = (), *, patience: float | None = None) -> None:
         """Say that this party is done, and return when every party has said so.
 
-        ``outside``: the parties to whom this one says the last word of its anonymous group.
+        ``outside``: the parties to whom this one says the last word of its anonymous group.  ``patience``: seconds for
+        which the others may still be at it, where nothing is left for them to do; raises ``PeerLost`` after it.
         """
+        until = None if patience is None else time.monotonic() + patience
         self._learn_done(self._party, self._party)
         if outside:
             self._listen(lambda: self._done >= self._inside)
             for party in sorted(outside):
                 self._say(party, {"say": "done", "party": self._group})
             self._neighbours.update(outside)
-        self._listen(lambda: self._done >= self._everyone)
+        self._listen(lambda: self._done >= self._everyone, until)
 
-    def _listen(self, enough: Callable[[], bool]) -> None:
+    def _listen(self, enough: Callable[[], bool], until: float | None = None) -> None:
         while not enough():
             waiting = [n for n in self._heard if self._guard.peek((n, CONTROL)) is not None]
             for neighbour in waiting:
                 self._hear(self._guard.take((neighbour, CONTROL)).facts, neighbour)
-            if not waiting:
-                self._guard.wait(on=self._heard)
+            if waiting:
+                continue
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                missing = sorted(self._everyone - self._done)
+                raise PeerLost(
+                    f"is connected, but has not said that it is done ({', '.join(missing)}), though no step is left",
+                    party=next((one for one in missing if one in self._heard), missing[0]),
+                    expected="every party's last word once the last step is over",
+                    fix="what was trained here is kept; look at that party's log",
+                )
+            self._guard.wait(on=self._heard, timeout=left)
 
     def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
         from_outside = bool(self._inside) and said_by not in self._inside

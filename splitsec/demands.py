@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitsec.errors import BelowFloor
-from splitsec.graph import FLOATS, Graph, LabelPrivacy, Safeguard
+from splitsec.graph import EXACT, FLOATS, Graph, LabelPrivacy, Safeguard
 from splitsec.partyfile import OwnCutPrivacy, OwnLabelPrivacy, PartyFile
 from splitsec.plan import Edge, Lane, Plan, StreamPlan
 from splitsec.privacy.policy import LabelPolicy, Policy
@@ -179,6 +179,15 @@ def _joined(
             wanted[0],
             expected="a cut of floats: " + ", ".join(FLOATS),
             fix="remove it here, or let the cut carry floats in the graph",
+        )
+    if edge.codec == EXACT:
+        raise party_file.error(
+            f"the cut from `{edge.source}` to `{edge.target}` has the codec {EXACT} in the graph",
+            "privacy",
+            "cuts",
+            wanted[0],
+            expected="no noise nor clipping there: it leaves no zeros, and how many there are would tell uncounted",
+            fix="remove it here, or have the graph name another codec for that cut, or none",
         )
     mine = Policy(own.clip, own.noise, own.noise_multiplier)
     complaint = None if least is None else mine.at_least(least)

@@ -17,7 +17,7 @@ from html import escape
 from itertools import combinations, pairwise
 from typing import Final, Literal, NamedTuple
 
-from splitsec.graph import Graph
+from splitsec.graph import EXACT, Cut, Graph
 
 __all__ = ["draw", "svg"]
 
@@ -217,6 +217,16 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def _carried(cut: Cut) -> str:
+    """What crosses a cut for each sample, and how it travels."""
+    return _shape(cut.shape, cut.dtype) + ("" if cut.codec is None else f" as {cut.codec}")
+
+
+def _size_of(cut: Cut, batch: int) -> str:
+    """How much that is for a batch, in one direction; where zeros are left out, the most it can be."""
+    return ("up to " if cut.codec == EXACT else "") + _size(cut.message_bytes(batch))
+
+
 def _boxes(graph: Graph) -> tuple[list[_Box], list[_Edge]]:
     """Boxes from top to bottom, in the order of the work, and the edges between their rows."""
     boxes: list[_Box] = []
@@ -241,7 +251,7 @@ def _boxes(graph: Graph) -> tuple[list[_Box], list[_Edge]]:
         for index in graph.edges_out_of(segment):
             cut = graph.cuts[index]
             inside = graph.segments[cut.target].at == place
-            what, size = _shape(cut.shape, cut.dtype), _size(cut.sample_bytes * graph.training.batch_size)
+            what, size = _carried(cut), _size_of(cut, graph.training.batch_size)
             name = f" {cut.output}" if cut.output else ""
             where = "stays inside" if inside else f"{size} a batch"
             boxes[-1].rows.append(_Row(f"  ──▶ {cut.target}{name}\t{what}\t{where}", f"cut {index}", True))
@@ -438,8 +448,8 @@ def _nodes(graph: Graph) -> tuple[dict[str, _Node], list[_Edge]]:
         nodes[segment] = _Node(segment, graph.segments[segment].at, depth[segment], segment, facts)
     for cut in graph.cuts:
         kind: Kind = "inside" if graph.segments[cut.source].at == graph.segments[cut.target].at else "cut"
-        what = _shape(cut.shape, cut.dtype) + (f" ({cut.output})" if cut.output else "")
-        size = "stays inside" if kind == "inside" else f"{_size(cut.sample_bytes * batch)} a batch"
+        what = _carried(cut) + (f" ({cut.output})" if cut.output else "")
+        size = "stays inside" if kind == "inside" else f"{_size_of(cut, batch)} a batch"
         edges.append(_Edge(cut.source, cut.target, kind, what, size))
     for index, labels in enumerate(graph.labels):
         id_ = f"labels {index}"

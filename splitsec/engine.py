@@ -1,10 +1,11 @@
 """One step at one party: forward, cut, backward, step; the same for every graph.
 
-Here: what to run next.  A stage can run as soon as its inputs for its next micro-batch lie ready; where nothing can
-run, the party waits for its peers.  Forwards go first, so that parties downstream have work; a stage that holds the
-loss goes backward at once.  Each segment takes its micro-batches in order, forward and backward, so that the result
-does not depend on when messages arrive.  Not here: turns and hand-on (``party``), modules (``segments``), what may
-cross the line (``guard``).
+Here: what to run next.  A stage can run as soon as its inputs for its next micro-batch lie ready.  Where none can, the
+party computes gradients of weights that it still owes (``backward``), piece by piece; where it owes none, it waits for
+its peers.  Forwards go first, so that parties downstream have work; a stage that holds the loss goes backward at once,
+as far as the gradients that go back over its cuts.  Gradients of weights are added in the order of micro-batches, so
+that the result does not depend on when messages arrive.  Not here: turns and hand-on (``party``), modules
+(``segments``), what may cross the line (``guard``).
 
 In a step without training the way back carries empty messages: the step ends at the same point for all of its
 parties, and none runs ahead of those behind it.
@@ -113,24 +114,65 @@ class Engine:
 class _Work(NamedTuple):
     micro: MicroBatch
     stage: Stage
+    place: int
+    """Among all that the segment goes through in the step."""
 
 
 class _Line:
-    """The micro-batches that one segment has to go through in a step, and how far it has come."""
+    """The micro-batches that one segment has to go through in a step, and how far it has come.
 
-    def __init__(self, segment: Segment, work: list[_Work]) -> None:
+    In order; where ``segment.any_order`` and every stream has other peers, the next of each stream, whichever is
+    there: so nobody waits for a slow member of a group but with what is that member's own.  A lane's own messages keep
+    their order.
+    """
+
+    def __init__(self, segment: Segment, work: list[_Work], *, training: bool) -> None:
         self.segment = segment
         self.work = work
-        self.forwarded = 0
-        self.returned = 0
+        self._free = training and _apart(work)
+        self._forwarded: set[int] = set()
+        self._returned: set[int] = set()
 
     @property
-    def next_forward(self) -> _Work | None:
-        return self.work[self.forwarded] if self.forwarded < len(self.work) else None
+    def all_forwarded(self) -> bool:
+        return len(self._forwarded) == len(self.work)
 
     @property
-    def next_backward(self) -> _Work | None:
-        return self.work[self.returned] if self.returned < self.forwarded else None
+    def all_returned(self) -> bool:
+        return len(self._returned) == len(self.work)
+
+    def next_forwards(self) -> list[_Work]:
+        """What may go forward next, if its inputs are there."""
+        return self._heads([work for work in self.work if work.place not in self._forwarded])
+
+    def next_backwards(self) -> list[_Work]:
+        """What may go backward next, if its gradients are there."""
+        heads = self._heads([work for work in self.work if work.place not in self._returned])
+        return [work for work in heads if work.place in self._forwarded]
+
+    def went_forward(self, work: _Work) -> None:
+        self._forwarded.add(work.place)
+
+    def went_back(self, work: _Work) -> None:
+        self._returned.add(work.place)
+
+    def _heads(self, left: list[_Work]) -> list[_Work]:
+        if len(left) > 1 and self._free and self.segment.any_order:
+            return list({work.micro.stream: work for work in reversed(left)}.values())[::-1]
+        return left[:1]
+
+
+def _apart(work: list[_Work]) -> bool:
+    """Whether no peer has messages of two streams with this segment, whose order it could not tell."""
+    met: set[str] = set()
+    for stage in {one.micro.stream: one.stage for one in work}.values():
+        edges = [edge for edge in (*stage.inputs, stage.labels) if edge is not None and not edge.local]
+        peers = {edge.source_party for edge in edges}
+        peers |= {edge.target_party for edge in stage.outputs if not edge.local}
+        if met & peers:
+            return False
+        met |= peers
+    return True
 
 
 class _StepRun:
@@ -173,16 +215,23 @@ class _StepRun:
         works: dict[str, list[_Work]] = {}
         for micro in step.micro_batches:
             for stage in self._streams[micro.stream].stages:
-                works.setdefault(stage.segment, []).append(_Work(micro, stage))
-        self._lines = [_Line(engine.segments[name], work) for name, work in works.items()]
+                line = works.setdefault(stage.segment, [])
+                line.append(_Work(micro, stage, len(line)))
+        training = step.phase == TRAIN
+        self._lines = [_Line(engine.segments[name], work, training=training) for name, work in works.items()]
         self._untaken: list[tuple[Edge, MicroBatch]] = []
 
     def run(self) -> None:
         """From the first message to the last."""
         self.give_labels()
         while not self.over:
-            if not (self.forward_next() or self.backward_next()):
+            if self.forward_next() or self.backward_next():
+                continue
+            owing = [line for line in self._lines if line.segment.way_back.owes]
+            if not owing:
                 self.guard.wait_for_answer(self.waits_for())
+            elif not self.guard.wait(on=self.waits_for(), timeout=0):
+                self._catch_up(owing[-1])
 
     # --- what may come to nothing
 
@@ -240,7 +289,7 @@ class _StepRun:
         while self._untaken and self._came(*self._untaken[0], back=True):
             edge, _ = self._untaken.pop(0)
             self.guard.take((edge.target_party, edge.back_lane))
-        return not self._untaken and all(line.returned == len(line.work) for line in self._lines)
+        return not self._untaken and all(line.all_returned and not line.segment.way_back.owes for line in self._lines)
 
     # --- what can run now
 
@@ -249,13 +298,14 @@ class _StepRun:
         ready = [
             (work.micro.number, place, line, work)
             for place, line in enumerate(self._lines)
-            if (work := line.next_forward) is not None and not any(self._awaited_forward(work))
+            for work in line.next_forwards()
+            if not any(self._awaited_forward(work))
         ]
         if not ready:
             return False
         _, _, line, work = min(ready, key=lambda item: item[:2])
         self._forward(line, work)
-        if work.stage.labels is not None and line.next_backward is work and not any(self._awaited_backward(work)):
+        if work.stage.labels is not None and work in line.next_backwards() and not any(self._awaited_backward(work)):
             self._backward(line, work)
         return True
 
@@ -264,7 +314,8 @@ class _StepRun:
         ready = [
             (work.micro.number, -place, line, work)
             for place, line in enumerate(self._lines)
-            if (work := line.next_backward) is not None and not any(self._awaited_backward(work))
+            for work in line.next_backwards()
+            if not any(self._awaited_backward(work))
         ]
         if not ready:
             return False
@@ -276,9 +327,9 @@ class _StepRun:
         """The parties whose messages the next work needs."""
         parties = {edge.target_party for edge, _ in self._untaken[:1]}
         for line in self._lines:
-            if (work := line.next_forward) is not None:
+            for work in line.next_forwards():
                 parties |= {edge.source_party for edge in self._awaited_forward(work) if not edge.local}
-            if (work := line.next_backward) is not None:
+            for work in line.next_backwards():
                 parties |= {edge.target_party for edge in self._awaited_backward(work) if not edge.local}
         return parties
 
@@ -329,7 +380,7 @@ class _StepRun:
                     self._untaken.append((edge, micro))
 
     def _forward(self, line: _Line, work: _Work) -> None:
-        micro, stage = work
+        micro, stage, _ = work
         inputs = [self._take(edge, micro) for edge in stage.inputs]
         if stage.reads is not None:
             inputs.append(self.rows(micro, stage.reads))
@@ -343,9 +394,9 @@ class _StepRun:
         outputs, prediction = line.segment.forward(
             stage, inputs, labels, micro=micro.number, update=self.update, share=micro.rows / self.step.rows
         )
-        line.forwarded += 1
+        line.went_forward(work)
         loss, detectors = line.segment.step_loss, self._detectors
-        if loss is not None and detectors is not None and line.forwarded == len(line.work):
+        if loss is not None and detectors is not None and line.all_forwarded:
             self._look(lambda: detectors.loss(stage.segment, self.step, loss))
         for edge, output in outputs.items():
             if edge.local:
@@ -356,15 +407,15 @@ class _StepRun:
             self.predictions.setdefault(stage.segment, []).append(prediction)
 
     def _backward(self, line: _Line, work: _Work) -> None:
-        micro, stage = work
+        micro, stage, place = work
         gradients = {edge: self._take_back(edge, micro) for edge in stage.outputs}
         for edge, gradient in gradients.items():
             if self.update is not None and gradient is not None and not edge.local:
                 self._notice(edge, micro, gradient)
         back: list[torch.Tensor | None] = [None] * len(stage.inputs)
         if self.update is not None:
-            back = line.segment.backward(stage, gradients, micro=micro.number)
-        line.returned += 1
+            back = line.segment.backward(stage, gradients, micro=micro.number, place=place)
+        line.went_back(work)
         for edge, gradient in zip(stage.inputs, back, strict=True):
             if edge.local:
                 self._returned[edge.index, micro.number] = gradient
@@ -372,7 +423,16 @@ class _StepRun:
                 if gradient is None and self.update is not None and _has_gradient(edge):
                     gradient = torch.zeros(micro.rows, *edge.shape, dtype=DTYPES[edge.dtype])  # no way to a loss
                 self._send(edge, micro, "gradient", gradient, back=True)
-        if self.update is not None and line.returned == len(line.work) and not self._holds:
+        self._step_at_the_end(line)
+
+    def _catch_up(self, line: _Line) -> None:
+        """Compute gradients of weights while there is nothing to do that others wait for."""
+        line.segment.way_back.some_weights()
+        self._step_at_the_end(line)
+
+    def _step_at_the_end(self, line: _Line) -> None:
+        done = line.all_returned and not line.segment.way_back.owes
+        if done and self.update is not None and not self._holds:
             line.segment.step()
 
     def _notice(self, edge: Edge, micro: MicroBatch, gradient: torch.Tensor) -> None:

@@ -26,7 +26,9 @@ from splitsec.errors import GraphError, KeyFileError
 from splitsec.yamlfile import Document, FrozenDict, meant, mistake, shown
 
 __all__ = [
+    "CODEC_BYTES",
     "DTYPE_BYTES",
+    "EXACT",
     "FLOATS",
     "LOSSES",
     "RELAYS_MAX",
@@ -50,6 +52,7 @@ __all__ = [
     "check_name",
     "load_graph",
     "parse_graph",
+    "wire_bytes",
 ]
 
 DTYPE_BYTES: Final[Mapping[str, int]] = {
@@ -63,6 +66,10 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {
     "bool": 1,
 }
 FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
+CODEC_BYTES: Final[Mapping[str, int]] = {"bfloat16": 2, "float16": 2, "int8": 1}
+"""Bytes of one number in the codecs that round."""
+EXACT: Final = "nonzero"  # the codec that rounds nothing: it leaves zeros out
+CODED: Final = ("float32", "float64")  # what codecs take
 
 
 class Loss(NamedTuple):
@@ -233,6 +240,7 @@ Size = Annotated[int, Field(strict=True)]
 Shape = Annotated[tuple[Size, ...], Field(strict=False), AfterValidator(_shape)]
 OpenShape = Annotated[tuple[Size | None, ...], Field(strict=False), AfterValidator(_shape)]
 CutDtype = Literal["float16", "bfloat16", "float32", "float64", "int64"]
+Codec = Literal["bfloat16", "float16", "int8", "nonzero"]
 AnyDtype = Literal["float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8", "bool"]
 
 
@@ -371,11 +379,33 @@ class Cut(_Entry):
         default=False,
         description="`true`: the end that is no group learns that a member of the group speaks, and not which",
     )
+    codec: Codec | None = Field(
+        default=None,
+        description="how activations and gradients are made smaller for the way (docs/codecs.md): `bfloat16`, "
+        "`float16` and `int8` round; `nonzero` leaves out the zeros after a ReLU and changes no bit; without it, "
+        "nothing is done",
+    )
 
     @property
     def sample_bytes(self) -> int:
         """Bytes of one sample's tensor."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def message_bytes(self, rows: int) -> int:
+        """Bytes of the largest body of a message with ``rows`` samples, as its codec makes it."""
+        return wire_bytes(self.codec, self.shape, self.dtype, rows)
+
+
+def wire_bytes(codec: str | None, shape: tuple[int, ...], dtype: str, rows: int) -> int:
+    """Bytes of the largest body of a message with ``rows`` tensors of ``shape`` and ``dtype``, as ``codec`` makes it.
+
+    ``nonzero`` sends as they are tensors that it would make no smaller.
+    """
+    numbers = rows * math.prod(shape)
+    if codec is None or codec == EXACT:
+        return numbers * DTYPE_BYTES[dtype]
+    scales = 0 if codec != "int8" else shape[0] if len(shape) > 1 else rows
+    return numbers * CODEC_BYTES[codec] + scales * DTYPE_BYTES["float32"]
 
 
 class Labels(_Entry):
@@ -995,6 +1025,7 @@ def _check(graph: Graph) -> None:
     _check_cuts(graph)
     _check_labels(graph)
     _check_privacy(graph)
+    _check_codecs(graph)
     _check_exchanges(graph)
     _check_acyclic(graph)
     _check_reached(graph)
@@ -1293,6 +1324,76 @@ def _check_privacy(graph: Graph) -> None:
                 expected="`shape: []` and `dtype: int64`, the number of a class",
                 fix="remove `privacy` there, or send class numbers",
             )
+
+
+def _check_codecs(graph: Graph) -> None:
+    for index, cut in enumerate(graph.cuts):
+        if cut.codec is None:
+            continue
+        what, keys = f"the cut from `{cut.source}` to `{cut.target}`", ("cuts", index, "codec")
+        if cut.dtype == cut.codec:
+            raise graph.error(
+                f"{what} is {cut.dtype}, and its codec is {cut.codec}, too",
+                *keys,
+                expected="a codec that makes its tensors smaller",
+                fix="remove `codec`, or write `dtype: float32`: then the segments compute in that",
+            )
+        if cut.dtype not in CODED:
+            raise graph.error(
+                f"{what} carries {cut.dtype}, which {cut.codec} does not take",
+                *keys,
+                expected=" or ".join(CODED),
+                fix="remove `codec` there",
+            )
+        place = graph.segments[cut.source].at
+        if place == graph.segments[cut.target].at:
+            raise graph.error(
+                f"{what} stays inside `{place}`, and has a codec",
+                *keys,
+                expected="codecs where something is sent: what stays inside is not written for the wire, nor rounded",
+                fix="remove `codec` there",
+            )
+        rows = -(-graph.training.batch_size // graph.training.micro_batches)
+        if cut.codec != EXACT and cut.message_bytes(rows) >= rows * cut.sample_bytes:
+            raise graph.error(
+                f"{what} carries {shown(cut.shape)}, which {cut.codec} makes no smaller",
+                *keys,
+                expected="several numbers for each of its scales, which are 4 bytes",
+                fix="remove `codec` there, or write `codec: bfloat16`",
+            )
+        if cut.codec == EXACT:
+            _check_exact(graph, cut, what, index)
+
+
+def _check_exact(graph: Graph, cut: Cut, what: str, index: int) -> None:
+    """What the codec that leaves zeros out does not go with."""
+    if cut.privacy is not None:
+        raise graph.error(
+            f"{what} has `privacy` and the codec {EXACT}",
+            "cuts",
+            index,
+            "codec",
+            expected="one of them: noise leaves no zeros, and how many there are would tell about samples uncounted",
+            fix="remove one, or write another codec: rounding comes after the noise and takes nothing from it",
+        )
+    if cut.anonymous:
+        raise graph.error(
+            f"{what} is anonymous, and its codec is {EXACT}",
+            "cuts",
+            index,
+            "codec",
+            expected="messages as long as any other member's: how many zeros there are tells members apart",
+            fix="remove it, or write another codec",
+        )
+    if cut.raw:
+        raise graph.error(
+            f"{what} may carry raw samples, and its codec is {EXACT}",
+            "cuts",
+            index,
+            "codec",
+            expected="the output of a ReLU at its beginning",
+            fix="remove `raw: true`, or `codec`",
+        )
 
 
 def _check_exchanges(graph: Graph) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from splitsec.codecs import BadWire, Codecs, Unfit
 from splitsec.errors import EgressRefused, PeerError, PeerLost, PeerMisbehaved, PeerRefusedUs, PeerUnreachable
 from splitsec.messages import NAMES, BadMessage, Message, decode, encode, finite
 from splitsec.plan import Lane, Plan
@@ -99,6 +100,7 @@ class Guard:
         self.safeguards = safeguards
         self._together = together
         self.traffic: dict[LaneKey, Traffic] = defaultdict(Traffic)
+        self._codecs = Codecs()
         self._thread = thread
         self._keys = dict(keys)
         self._names = {key: name for name, key in keys.items()}
@@ -156,7 +158,14 @@ class Guard:
             message = self.safeguards.treat(lane, message, carried)
         if lane[0] in self.on_call:
             message = _row_by_row(message)
-        header, body = encode(message)
+        try:
+            header, body = encode(self._codecs.encode(declared, message))
+        except Unfit as error:
+            raise EgressRefused(
+                f"{declared.kind} of {declared.name} to {declared.peer}: {error}",
+                expected=_declaration(declared),
+                fix="nothing was sent; look at what the segment makes, or remove `codec` from that cut in the graph",
+            ) from error
         if self.safeguards is not None:
             self.safeguards.record(declared, message, (header, *body), carried)
         try:
@@ -207,13 +216,20 @@ class Guard:
             message = decode(arrived.header, arrived.body)
         except BadMessage as error:
             raise PeerMisbehaved(f"sent an unreadable message for {declared.name}: {error}", party=party) from error
-        complaint = _complaint(declared, message, self._last_in.get(key))
+        complaint = _misplaced(declared, message, self._last_in.get(key))
+        if complaint is None and len(self._waiting[key]) >= declared.most_waiting:
+            complaint = f"more than {declared.most_waiting} messages ahead of us"
+        if complaint is None:
+            try:
+                message = self._codecs.decode(declared, message)
+            except BadWire as error:
+                complaint = str(error)
+            else:
+                complaint = _complaint(declared, message, self._last_in.get(key))
         if complaint is None and declared.kind in ("gradient", "taken"):
             asked = self._last_out.get((party, arrived.lane - 1))  # a way back is numbered after its way there
             if asked is None or message.key > asked:
                 complaint = f"message {message.key}, an answer to what we have not sent"
-        if complaint is None and len(self._waiting[key]) >= declared.most_waiting:
-            complaint = f"more than {declared.most_waiting} messages ahead of us"
         if complaint is not None:
             raise PeerMisbehaved(
                 f"{declared.kind} of {declared.name}: {complaint}", party=party, expected=_declaration(declared)
@@ -449,7 +465,8 @@ def _declaration(lane: Lane) -> str:
         return f"{lane.kind} messages"
     shape = ", ".join("any" if extent is None else str(extent) for extent in lane.shape)
     rows = "" if lane.rows is None else f"up to {lane.rows} samples of "
-    return f"{rows}shape [{shape}], {lane.dtype}, finite, each once and in order"
+    coded = "" if lane.codec is None else f" as {lane.codec} has it"
+    return f"{rows}shape [{shape}], {lane.dtype}{coded}, finite, each once and in order"
 
 
 def _advice(complaint: str) -> str:
@@ -458,16 +475,25 @@ def _advice(complaint: str) -> str:
     return "make what is sent and the graph file agree"
 
 
-def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:
-    """What is wrong with ``message`` on ``lane``, or None.  The same rules in both directions."""
+def _misplaced(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:
+    """What is wrong with the kind and the place of ``message`` on ``lane``, or None."""
     if message.kind != lane.kind:
         return f"a {message.kind[:40]!r} message"
     if len(message.key) != (due := KEY_LENGTHS.get(lane.kind, 2)):
         return "no step and micro-batch" if due == 2 else f"{len(message.key)} numbers to place it"
-    if message.facts and lane.kind not in ("control", "order", "weights"):
-        return "facts beside the tensor"
     if message.key and last is not None and message.key <= last:
         return f"message {message.key} after {last}"
+    return None
+
+
+def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> str | None:
+    """What is wrong with ``message`` on ``lane``, or None: of tensors before a codec or after it.  The same rules in
+    both directions.
+    """
+    if (misplaced := _misplaced(lane, message, last)) is not None:
+        return misplaced
+    if message.facts and lane.kind not in ("control", "order", "weights"):
+        return "facts beside the tensor"
     tensors = message.tensors
     if lane.kind == "gradient" and not tensors:
         return None  # the empty answer of a step without training; ``engine`` refuses it while training
@@ -490,6 +516,6 @@ def _complaint(lane: Lane, message: Message, last: tuple[int, ...] | None) -> st
             if NAMES.get(tensor.dtype) != lane.dtype:
                 return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     size = sum(tensor.nbytes for tensor in tensors.values())  # as they unfold: repeated numbers travel once
-    if size > lane.max_body:
+    if size > lane.max_body and lane.codec is None:  # with one, rows and shape are the bound
         return f"{size} bytes, where {lane.max_body} are the most"
     return None if all(map(finite, tensors.values())) else "NaN or infinite values"

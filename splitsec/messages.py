@@ -15,11 +15,12 @@ from typing import Any, Final
 import msgpack
 import torch
 
-__all__ = ["BadMessage", "Message", "decode", "encode", "finite"]
+__all__ = ["BadMessage", "Message", "decode", "encode", "finite", "row_major", "stored"]
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "bool": torch.bool,
     "uint8": torch.uint8,
+    "int8": torch.int8,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int32": torch.int32,
@@ -61,11 +62,11 @@ def encode(message: Message) -> tuple[bytes, list[memoryview]]:
     buffers = []
     for name, tensor in message.tensors.items():
         laid = tensor.detach().cpu()
-        if (count := _stored(laid.shape, laid.stride())) is None:
+        if (count := stored(laid.shape, laid.stride())) is None:
             laid = laid.contiguous()
             count = laid.numel()
         shape, strides = list(laid.shape), list(laid.stride())
-        described.append([name, NAMES[laid.dtype], shape, *([] if strides == _row_major(shape) else [strides])])
+        described.append([name, NAMES[laid.dtype], shape, *([] if strides == row_major(shape) else [strides])])
         if count:
             buffers.append(laid.as_strided((count,), (1,)).view(torch.uint8).numpy().data)
     header = msgpack.packb([message.kind, list(message.key), dict(message.facts), described], use_bin_type=True)
@@ -113,7 +114,7 @@ def decode(header: bytes, body: memoryview) -> Message:
                 raise BadMessage("a tensor is not described as [name, dtype, shape] or [name, dtype, shape, strides]")
         dtype = DTYPES[dtype_name]
         strides = _strides(shape, laid)
-        count = _stored(shape, strides)
+        count = stored(shape, strides)
         if count is None:
             raise BadMessage("the strides of a tensor leave gaps or overlap")
         if math.prod(extent or 1 for extent in shape) * dtype.itemsize > LARGEST_TENSOR:
@@ -132,7 +133,8 @@ def _no_extension(code: int, data: bytes) -> Any:
     raise ValueError("msgpack extension types have no place here")
 
 
-def _row_major(shape: Sequence[int]) -> list[int]:
+def row_major(shape: Sequence[int]) -> list[int]:
+    """The strides of a tensor of ``shape`` whose last dimension lies closest together, in elements."""
     strides = [1] * len(shape)
     for place in range(len(shape) - 1, 0, -1):
         strides[place - 1] = strides[place] * max(shape[place], 1)
@@ -143,14 +145,14 @@ def _strides(shape: Sequence[int], laid: Sequence[Any]) -> list[int]:
     """The strides that a header gives (``laid``: none, or one list), in elements; row by row where it gives none."""
     match laid:
         case []:
-            return _row_major(shape)
+            return row_major(shape)
         case [list() as strides] if len(strides) == len(shape):
             if all(type(stride) is int and 0 <= stride < 2**40 for stride in strides):
                 return strides
     raise BadMessage("the strides of a tensor are not one for each dimension")
 
 
-def _stored(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+def stored(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """How many elements memory holds for ``shape`` laid out by ``strides``: all, or fewer where a dimension only
     repeats them (stride 0).  None where they do not lie one after another, each once.
 

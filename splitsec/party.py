@@ -105,6 +105,8 @@ def run_party(
             party.agree()
             party.run()
             party.save()
+            party.stay()
+            party.sum_up()
             reason = CloseCode.NORMAL
         except KeyboardInterrupt:
             reason = CloseCode.STOPPED
@@ -187,6 +189,7 @@ class Party:
         self.secret: Secret | None = None  # of a member of an anonymous group, once it is agreed on
         self._pseudonym = None if self.group_key is None else graph.groups[graph.anonymous or ""].pseudonym
         self._last: Turn | None = None
+        self._in_last_step = False  # of all parties together, as far as the run has come
         self.plan = make_plan(graph, self.name)
         self.segments = build_segments(graph, party_file)
         if job.weights is not None:
@@ -458,7 +461,6 @@ class Party:
             if self.secret is not None and turn.phase == TRAIN and turn.streams == (0,) and turn.epoch:
                 self._hand_the_word_on(turn.epoch)
             number, update = self._take_turn(engine, turn, number, update)
-        self._say_the_last_word()
 
     def _hand_the_word_on(self, epoch: int) -> None:
         """Before ``epoch``, all members of the group hold the weights, but one of them may still speak."""
@@ -471,14 +473,6 @@ class Party:
             self.gossip.give_the_word(taker, epoch)
         elif self.name == taker:
             self.gossip.take_the_word(giver, epoch)
-
-    def _say_the_last_word(self) -> None:
-        """Wait until all are done; of an anonymous group, whoever has the last turn says so outside."""
-        outside: tuple[str, ...] = ()
-        if self._last is not None and self.secret and self._works(self._last.epoch, self._last.streams[0]):
-            outside = self.guard.on_call
-            self.guard.call(outside)
-        self.gossip.stay_until_all_are_done(outside)
 
     def _epochs(self) -> int:
         wanted = self.graph.training.epochs
@@ -496,6 +490,7 @@ class Party:
     def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
         steps = step_count(self.graph, turn, self.counts)
         if not any(self._works(turn.epoch, stream) for stream in turn.streams):
+            self._in_last_step = self._in_last_step and not steps
             return number + steps, update + (steps if turn.phase == TRAIN else 0)
         orders = {stream: self._order_of(turn, stream) for stream in turn.streams if stream in self.rows}
 
@@ -537,6 +532,7 @@ class Party:
         said = began = time.monotonic()
         for place, step in enumerate(steps_of(self.graph, turn, self.counts, number)):
             made = engine.run_step(step, rows, update=update, whose=whose)
+            self._in_last_step = any(self._works(turn.epoch, micro.stream) for micro in step.micro_batches)
             update += turn.phase == TRAIN
             for name, outputs in made.items():
                 self.predictions.setdefault(name, []).extend(outputs)
@@ -607,9 +603,7 @@ class Party:
     # --- after the last step
 
     def save(self) -> None:
-        """Write what this party ends with to its own folder: trained segments, or predictions; then say what passed
-        the door.
-        """
+        """Write what this party ends with to its own folder: trained segments, or predictions."""
         if self.job.out is not None:
             folder = self.job.out / self.name
             if self.job.action == "train" and self.segments:
@@ -617,6 +611,22 @@ class Party:
                 self.report({"event": "saved", "folder": str(folder)})
             elif self.job.action == "predict":
                 self._save_predictions(folder)
+
+    def stay(self) -> None:
+        """Wait until all are done; of an anonymous group, whoever has the last turn says so outside.
+
+        Whoever takes part in the last step knows when it is over that nobody has anything left to do, and does not
+        wait for ever for parties that never say so.
+        """
+        outside: tuple[str, ...] = ()
+        if self._last is not None and self.secret and self._works(self._last.epoch, self._last.streams[0]):
+            outside = self.guard.on_call
+            self.guard.call(outside)
+        patience = self.graph.timeouts.answer if self._in_last_step else None
+        self.gossip.stay_until_all_are_done(outside, patience=patience)
+
+    def sum_up(self) -> None:
+        """Say what passed the door, and that this party is done."""
         self.report({"event": "traffic", "lanes": traffic_of(self.guard, training=self.job.action == "train")})
         self.report({"event": "done"})
 

@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -306,6 +306,11 @@ class PartyFile(_Entry):
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="threads that compute; without it, what the machine has is shared out"
+    )
+    early_gradient: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether the gradient that the party before waits for is computed and sent first, those of the "
+        "weights after it; `auto`: where that takes long enough to matter. No number changes by it",
     )
     listen: Address | None = Field(
         default=None, description="address to listen on in place of the graph's `listen`, e.g. behind a port mapping"

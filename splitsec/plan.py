@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from splitsec.errors import InternalError
-from splitsec.graph import DTYPE_BYTES, Circuit, Graph, Link
+from splitsec.graph import Circuit, Graph, Link, wire_bytes
 
 __all__ = [
     "CONTROL",
@@ -54,7 +54,8 @@ WEIGHTS_BODY: Final = 2 * 1024 * 1024 * 1024
 class Lane:
     """One kind of message between this party and one peer.
 
-    ``shape`` is without the batch dimension; None in it means any size.  ``max_body`` bounds a message, in bytes.
+    ``shape`` is without the batch dimension; None in it means any size.  ``max_body`` bounds a message, in bytes, as it
+    is on the way.
     """
 
     number: int
@@ -68,6 +69,8 @@ class Lane:
     """Most samples (first dimension) in one message; None where there is no batch dimension."""
     most_waiting: int = 1024
     """Messages that may wait here; an honest peer is never further ahead."""
+    codec: str | None = None
+    """How tensors are written here (``codecs``); ``shape`` and ``dtype`` are what they are before and after."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Edge:
     field: str | None = None
     answered: bool = True
     """Whether something comes back for every message: a gradient, or an empty ``taken`` where there is none to send."""
+    codec: str | None = None
 
     @property
     def local(self) -> bool:
@@ -195,6 +199,7 @@ def _edges(
                 lane=FIRST_CUT_LANE + 2 * index,
                 back_lane=FIRST_CUT_LANE + 2 * index + 1,
                 output=cut.output,
+                codec=cut.codec,
             ),
         )
     for index, labels in enumerate(graph.labels):
@@ -230,7 +235,10 @@ def largest_bodies(graph: Graph, *, exchanges: bool = False) -> Iterator[tuple[f
     rows = _rows(graph)
     for stream in range(graph.streams):
         for _, edge in _edges(graph, stream, graph.party_at):
-            yield frozenset((edge.source_party, edge.target_party)), rows * _size(edge.shape, edge.dtype)
+            yield (
+                frozenset((edge.source_party, edge.target_party)),
+                wire_bytes(edge.codec, edge.shape, edge.dtype, rows),
+            )
 
 
 def _rows(graph: Graph) -> int:
@@ -311,13 +319,6 @@ def exchange_lane(graph: Graph, name: str) -> int:
     return FIRST_CUT_LANE + 2 * (len(graph.cuts) + len(graph.labels)) + [e.name for e in graph.exchanges].index(name)
 
 
-def _size(shape: tuple[int, ...], dtype: str) -> int:
-    size = DTYPE_BYTES[dtype]
-    for extent in shape:
-        size *= extent
-    return size
-
-
 def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
     """The plan of ``party``: its stages for every stream, and the lanes that may carry its messages.
 
@@ -362,8 +363,14 @@ def make_plan(graph: Graph, party: str, *, exchanges: bool = False) -> Plan:
         labels = {edge.target: edge for kind, edge in edges if kind == "labels"}
         for kind, edge in edges:
             name = f"{edge.source} -> {edge.target}"
-            size = rows * _size(edge.shape, edge.dtype)
-            declared = {"shape": edge.shape, "dtype": edge.dtype, "rows": rows, "most_waiting": ahead}
+            size = wire_bytes(edge.codec, edge.shape, edge.dtype, rows)
+            declared: dict[str, object] = {
+                "shape": edge.shape,
+                "dtype": edge.dtype,
+                "rows": rows,
+                "most_waiting": ahead,
+                "codec": edge.codec,
+            }
             if kind == "cut":
                 both(edge.source_party, edge.target_party, edge.lane, "activation", name, size, **declared)
                 both(edge.target_party, edge.source_party, edge.back_lane, "gradient", name, size, **declared)

@@ -22,7 +22,7 @@ from splitsec.messages import DTYPES, NAMES
 from splitsec.partyfile import Folder, PartyFile
 from splitsec.plan import Edge, Plan, Stage, make_plan
 from splitsec.samples import Samples, read_own
-from splitsec.segments import Segment, build_segments, join_inputs, output_of
+from splitsec.segments import Segment, batch_statistics, build_segments, join_inputs, output_of
 from splitsec.usercode import user_code
 
 __all__ = ["check_private", "check_shapes", "probe"]
@@ -144,18 +144,13 @@ def check_private(
     if not any(demand.mechanism is not None and demand.carries for demand in demands.values()):
         return
     for name, segment in segments.items():
-        for place, module in segment.module.named_modules():
-            if isinstance(module, _BATCH_STATISTICS):
-                raise UnsafeSegment(
-                    f"segment {name!r} has {type(module).__name__} at {place or 'its top'}, and noise is demanded of "
-                    "what leaves it",
-                    expected="modules that treat every sample by itself: with batch statistics one person's sample "
-                    "changes what leaves for all others of the batch, which no clipping of single samples bounds",
-                    fix="use nn.GroupNorm or nn.LayerNorm in its place",
-                )
-
-
-_BATCH_STATISTICS = (torch.nn.modules.batchnorm._BatchNorm,)
+        if (found := batch_statistics(segment.module)) is not None:
+            raise UnsafeSegment(
+                f"segment {name!r} has {found}, and noise is demanded of what leaves it",
+                expected="modules that treat every sample by itself: with batch statistics one person's sample "
+                "changes what leaves for all others of the batch, which no clipping of single samples bounds",
+                fix="use nn.GroupNorm or nn.LayerNorm in its place",
+            )
 
 
 def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Segment, samples: Samples | None) -> Any:

@@ -26,6 +26,7 @@ from splitsec.errors import InternalError, PeerError, SplitsecError
 __all__ = [
     "described",
     "die_with_parent",
+    "give_free_memory_back",
     "internal",
     "keep_freed_memory",
     "leave_the_compiler_out",
@@ -66,6 +67,15 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
         mallopt(parameter, value)
+
+
+def give_free_memory_back() -> None:
+    """Hand what ``keep_freed_memory`` kept back to the kernel, once; for who will be idle for long (malloc_trim(3)).
+
+    What a step needs is then mapped and cleared anew when it is needed.  Only on glibc.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def leave_the_compiler_out() -> None:
@@ -177,17 +187,23 @@ def _party(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
         os._exit(130)
 
     threading.Thread(target=follow_parent, name="parent", daemon=True).start()
+    graph = parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"])
+    party_file = load_party(assignment["party_file"]).model_copy(update={"listen": None})  # it listens on loopback here
+    takes_turns = graph.schedule == "round_robin" and any(
+        party_file.party in group.members and len(group.members) > 1 for group in graph.groups.values()
+    )
 
     def tell(event: dict[str, Any]) -> None:
         report(event)
+        if event["event"] == "turn over" and takes_turns:
+            give_free_memory_back()  # it sleeps through the others' turns, and there may be a hundred of them
         if event["event"] in pauses:
             may_go_on.acquire()
 
-    party_file = load_party(assignment["party_file"]).model_copy(update={"listen": None})  # it listens on loopback here
     if assignment.get("undefended"):
         party_file = party_file.undefended()
     run_party(
-        parse_graph(json.dumps(assignment["graph"]), assignment["graph_file"]),
+        graph,
         party_file,
         private_key=base64.b64decode(assignment["key"]),
         group_key=None if group_key is None else base64.b64decode(group_key),

@@ -203,7 +203,7 @@ class Safeguards:
             step=step,
             micro_batch=micro,
             shapes=[list(tensor.shape) for tensor in message.tensors.values()],
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in message.tensors.values()],
+            dtypes=[_dtype(lane, tensor) for tensor in message.tensors.values()],
             records=0 if carried is None or not message.tensors else len(carried.rows),
             privacy=self._told(lane, demand) if message.tensors else None,
             body=parts,
@@ -368,6 +368,12 @@ class Safeguards:
         kept = self._sums.setdefault(demand.lane.name, defaultdict(list))
         for name, value in values.items():
             kept[name].append(value)
+
+
+def _dtype(lane: Lane, tensor: torch.Tensor) -> str:
+    """The dtype of ``tensor``, and how it travels where that is another thing."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if lane.codec is None else f"{name} as {lane.codec}"
 
 
 def write_alarm(journal: Journal, alarm: SuspectedAttack) -> None:

@@ -14,12 +14,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
+from splitsec.backward import WayBack
+from splitsec.codecs import check_source
 from splitsec.errors import PartyFileError, PeerMisbehaved, UnsafeSegment
 from splitsec.graph import CUSTOM, LOSSES, Graph
 from splitsec.messages import finite
@@ -33,7 +35,7 @@ from splitsec.samples import seed_of
 from splitsec.usercode import user_code
 from splitsec.yamlfile import meant
 
-__all__ = ["Score", "Segment", "build_segments", "join_inputs", "output_of"]
+__all__ = ["Score", "Segment", "batch_statistics", "build_segments", "join_inputs", "output_of"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -108,15 +110,15 @@ _arrived = cast("Callable[[torch.Tensor, list[torch.Tensor | None], int], torch.
 @dataclass
 class _InFlight:
     gradients: list[torch.Tensor | None]
+    leaves: list[torch.Tensor] = field(default_factory=list)
     outputs: dict[Edge, torch.Tensor] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Kept:
-    """What a forward while training changes beside gradients: the buffers of a module, and the score."""
+    """What a forward while training changes beside gradients: the buffers of a module."""
 
-    def __init__(self, module: nn.Module, score: Score) -> None:
-        self._score = replace(score)
+    def __init__(self, module: nn.Module) -> None:
         self._buffers = [
             (part, [(name, held, None if held is None else held.clone()) for name, held in part._buffers.items()])
             for part in module.modules()
@@ -124,14 +126,13 @@ class _Kept:
         ]
 
     @torch.no_grad()
-    def put_back(self) -> Score:
-        """Put the buffers back as they were, also those that were exchanged for others; returns the score."""
+    def put_back(self) -> None:
+        """Put the buffers back as they were, also those that were exchanged for others."""
         for part, buffers in self._buffers:
             for name, held, before in buffers:
                 part._buffers[name] = held
                 if held is not None and before is not None:
                     held.copy_(before)
-        return self._score
 
 
 class Segment:
@@ -151,9 +152,13 @@ class Segment:
         seed: int = 0,
         nopeek: float | None = None,
         private: PrivateTraining | None = None,
+        early_gradient: bool | None = None,
     ) -> None:
         self.name = name
         self.module = module
+        two_acts = False if private is not None else early_gradient  # opacus computes as the whole pass goes by
+        self._has_buffers = next(module.buffers(), None) is not None
+        self.way_back = WayBack(name, list(module.parameters()), two_acts=two_acts)
         self.nopeek = nopeek
         self.private = private
         self._step_rows = 0
@@ -162,7 +167,7 @@ class Segment:
         self.loss_name = loss_name
         self.seed = seed
         self.score = Score()
-        self._of_step = Score()
+        self._of_step: dict[int, tuple[float, int | None, int]] = {}
         self._kept: _Kept | None = None
         self._in_flight: dict[int, _InFlight] = {}
 
@@ -197,22 +202,25 @@ class Segment:
                 self._step_rows = round(len(inputs[0]) / share)
                 for place in range(len(stage.inputs)):
                     if leaves[place].is_floating_point():
-                        leaves[place] = _arrived(leaves[place].requires_grad_(), flight.gradients, place)
+                        flight.leaves.append(leaves[place].requires_grad_())
+                        leaves[place] = _arrived(leaves[place], flight.gradients, place)
             with user_code(f"segment {self.name!r}"), self._private():
                 produced = self.module(*join_inputs(stage.join, leaves))
             for edge in stage.outputs:
                 flight.outputs[edge] = output_of(self.name, produced, edge)
+                check_source(edge, flight.outputs[edge])
             if labels is not None and self.loss is not None:
                 if stage.labels is not None and not stage.labels.local:
                     _check_classes(self.loss_name, produced, labels, stage.labels)
                 with user_code(f"the loss of segment {self.name!r}"):
                     loss = self.loss(produced, labels)
                 correct = _correct(self.loss_name, produced.detach(), labels)
-                self.score.add(float(loss.detach()), correct, len(labels))
                 if training:
-                    self._of_step.add(float(loss.detach()), correct, len(labels))
+                    self._of_step[micro] = (float(loss.detach()), correct, len(labels))
                     weight = stage.loss_weight * share
                     flight.losses.append(loss if weight == 1.0 else loss * weight)
+                else:
+                    self.score.add(float(loss.detach()), correct, len(labels))
             if training and self.nopeek is not None and stage.reads is not None:
                 leaves_here = [tensor for edge, tensor in flight.outputs.items() if not edge.local]
                 flight.losses += [self.nopeek * share * nopeek_term(inputs[-1], tensor) for tensor in leaves_here]
@@ -227,12 +235,13 @@ class Segment:
         }, prediction
 
     def backward(
-        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int, place: int = 0
     ) -> list[torch.Tensor | None]:
         """Go backward through micro-batch ``micro`` with the gradient of every outgoing edge (None: nothing came back).
 
-        Adds to the parameters' gradients; returns the gradient of each incoming edge, None where the edge carries no
-        floats.
+        Returns the gradient of each incoming edge, None where the edge carries no floats.  The parameters' gradients
+        are added to now, or as ``way_back`` owes them.  ``place``: of the micro-batch among those of the step that this
+        segment goes through.
         """
         flight = self._in_flight.pop(micro)
         roots: list[torch.Tensor] = []
@@ -244,33 +253,38 @@ class Segment:
             gradient = gradients[edge]
             if gradient is None or not output.requires_grad:
                 continue
-            place = summed.get(id(output))
-            if place is None:
+            earlier = summed.get(id(output))
+            if earlier is None:
                 summed[id(output)] = len(roots)
                 roots.append(output)
                 seeds.append(gradient)
             else:
-                seeds[place] = seeds[place] + gradient
+                seeds[earlier] = seeds[earlier] + gradient
         ends = [_Seed.apply(seeds, *roots)] if roots else []  # type: ignore[no-untyped-call]
         ends += [loss for loss in flight.losses if loss.requires_grad]
-        if ends:
-            torch.autograd.backward(ends)
+        self.way_back.go(ends, flight.leaves, flight.gradients, place=place)
         return flight.gradients
+
+    @property
+    def any_order(self) -> bool:
+        """Whether micro-batches of a step may be taken as they come, with the same result: no state but the weights."""
+        return self.way_back.any_order and not self._has_buffers
 
     def hold(self) -> None:
         """From here on the step may come to nothing: keep what its forwards will change, until ``step`` or ``forget``.
 
-        Buffers and score; what a module keeps elsewhere is not put back, as it is not handed on.
+        Buffers; what a module keeps elsewhere is not put back, as it is not handed on.
         """
-        self._kept = _Kept(self.module, self.score)
+        self._kept = _Kept(self.module)
 
     def forget(self) -> None:
-        """Be as if the step that ``hold`` began had not been: no gradients, and buffers and score as they were."""
+        """Be as if the step that ``hold`` began had not been: no gradients, no score, and buffers as they were."""
         assert self._kept is not None, "hold first"
-        self.score = self._kept.put_back()
+        self._kept.put_back()
         self._kept = None
-        self._of_step = Score()
+        self._of_step.clear()
         self._in_flight.clear()
+        self.way_back.forget()
         if self.private is not None:
             self.private.forget()
         if self.optimizer is not None:
@@ -279,12 +293,18 @@ class Segment:
     @property
     def step_loss(self) -> float | None:
         """Mean loss over the samples of the training step under way, before its weight; None where there is none."""
-        return self._of_step.loss / self._of_step.rows if self._of_step.rows else None
+        score = Score()
+        for _, one in sorted(self._of_step.items()):  # in the order of micro-batches, in whatever order they came
+            score.add(*one)
+        return score.loss / score.rows if score.rows else None
 
     def step(self) -> None:
         """Apply the gradients gathered over the step's micro-batches, and forget them."""
         self._kept = None
-        self._of_step = Score()
+        for _, one in sorted(self._of_step.items()):
+            self.score.add(*one)
+        self._of_step.clear()
+        self.way_back.finish()
         if self.private is not None:
             with self._private():
                 self.private.privatise(self._step_rows)
@@ -303,6 +323,10 @@ class Segment:
                 expected="gradients that are each one sample's own (docs/dp-sgd.md)",
                 fix="change the module as the message says, or remove `dp_sgd` from the party file",
             ) from error
+
+    def loss_of(self, micro: int) -> float:
+        """Mean loss over the samples of a micro-batch of the training step under way, before its weight."""
+        return self._of_step[micro][0]
 
     def take_score(self) -> Score:
         """The sums since the last call."""
@@ -527,6 +551,28 @@ def _partial(function: Callable[..., Any], settings: Mapping[str, Any]) -> LossF
     return functools.partial(function, **settings) if settings else function
 
 
+def batch_statistics(module: nn.Module) -> str | None:
+    """What in ``module`` looks at the whole batch, with its place; None where every sample is treated by itself."""
+    for place, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            return f"{type(part).__name__} at {place or 'its top'}"
+    return None
+
+
+def check_slices(graph: Graph, party_file: PartyFile, segment: str, module: nn.Module) -> None:
+    """Raise ``PartyFileError`` where micro-batches would change what ``module`` computes."""
+    if graph.training.micro_batches > 1 and (found := batch_statistics(module)) is not None:
+        raise party_file.error(
+            f"segment {segment!r} has {found}, and the graph has `micro_batches: {graph.training.micro_batches}`",
+            "segments",
+            segment,
+            "model",
+            expected="modules that treat every sample by itself: statistics of a slice are not those of the batch",
+            fix="use nn.GroupNorm or nn.LayerNorm in its place, or write `micro_batches: 1` in the graph file (the "
+            "gradient of the cut is sent early also then)",
+        )
+
+
 def make_private(graph: Graph, party_file: PartyFile, segment: str, module: nn.Module) -> PrivateTraining | None:
     """DP-SGD for ``segment``'s weights, where the party file asks for it.  Raises ``PartyFileError``,
     ``UnsafeSegment``.
@@ -584,6 +630,7 @@ def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
                 "model",
                 expected="a torch.nn.Module",
             )
+        check_slices(graph, party_file, name, module)
         segments[name] = Segment(
             name,
             module,
@@ -593,5 +640,6 @@ def build_segments(graph: Graph, party_file: PartyFile) -> dict[str, Segment]:
             loss_name=graph.segments[name].loss,
             seed=seed,
             nopeek=code.nopeek,
+            early_gradient=None if party_file.early_gradient == "auto" else party_file.early_gradient,
         )
     return segments

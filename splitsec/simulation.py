@@ -1,9 +1,8 @@
-"""All parties of a folder on this machine: one spawned process each, throw-away keys, real sockets, the code of a
-pilot.
+"""All parties of a folder on this machine: one process each, throw-away keys, real sockets, the code of a pilot.
 
 Here: starting, following and ending the processes, and the sums over what they report.  Not here: the party
-(``party``), what a process does to be one (``process``, ``relay``), how it looks (``cli/simulate.py``).  Whatever
-happens, no process is left behind.
+(``party``), what a process does to be one (``process``, ``relay``), how many of them share memory (``nest``), how it
+looks (``cli/simulate.py``).  Whatever happens, no process is left behind.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
+from splitsec.nest import Forked, Nest, open_nest
 from splitsec.partyfile import Folder, load_folder
 from splitsec.plan import relays_needed, taking_part
+from splitsec.process import give_free_memory_back
 from splitsec.schedule import TRAIN, Turn, run_schedule, step_count, turns_of
 
 __all__ = ["Processes", "Result", "StandIn", "Watch", "predict", "simulate"]
@@ -110,9 +111,7 @@ def simulate(
     _checked_place(out)
     _checked_place(trace, "--trace")
     _checked_place(state, "--state")
-    loaded = _checked(folder, epochs=epochs, seed=seed)
-    if trace is not None:
-        Path(trace).mkdir(mode=0o700, parents=True, exist_ok=True)
+    loaded = _loaded(folder, epochs=epochs, seed=seed)
     job = {
         "action": "train",
         "out": _absolute(out),
@@ -121,10 +120,7 @@ def simulate(
         "trace": _absolute(trace),
         "state": _absolute(state),
     }
-    with Processes(loaded, job, watch, before_turn) as processes:
-        processes.follow()
-        result = _summed(processes, began, out)
-    return result
+    return _run(loaded, job, watch, before_turn, began, out)
 
 
 def predict(
@@ -145,7 +141,7 @@ def predict(
         )
     began = time.monotonic()
     _checked_place(out)
-    loaded = _checked(folder)
+    loaded = _loaded(folder)
     job = {
         "action": "predict",
         "out": _absolute(out),
@@ -154,19 +150,38 @@ def predict(
         "trace": None,
         "state": _absolute(state),
     }
-    with Processes(loaded, job, watch) as processes:
-        processes.follow()
-        result = _summed(processes, began, out)
-    return result
+    return _run(loaded, job, watch, None, began, out)
+
+
+def _run(
+    folder: Folder,
+    job: Mapping[str, Any],
+    watch: Watch,
+    before_turn: Callable[[dict[str, Any]], None] | None,
+    began: float,
+    out: str | Path | None,
+) -> Result:
+    with open_nest(needed_by(folder)) as nest:  # it loads while the folder is checked
+        _check(folder)
+        give_free_memory_back()
+        if (trace := job["trace"]) is not None:
+            Path(trace).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with Processes(folder, job, watch, before_turn, nest=nest) as processes:
+            processes.follow()
+            return _summed(processes, began, out)
+
+
+def needed_by(folder: Folder) -> tuple[str, ...]:
+    """Modules that parties of ``folder`` load besides what all do, for a nest."""
+    private = any(code.dp_sgd is not None for party in folder.parties.values() for code in party.segments.values())
+    return ("opacus.grad_sample",) if private else ()
 
 
 def _absolute(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).resolve())
 
 
-def _checked(folder: str | Path, **training: int | None) -> Folder:
-    from splitsec.probe import probe
-
+def _loaded(folder: str | Path, **training: int | None) -> Folder:
     loaded = load_folder(folder)
     if not loaded.graph.segments:
         raise loaded.graph.error(
@@ -182,9 +197,14 @@ def _checked(folder: str | Path, **training: int | None) -> Folder:
     if given:
         changed = loaded.graph.training.model_copy(update=given)
         loaded = Folder(loaded.path, loaded.graph.model_copy(update={"training": changed}), loaded.parties)
-    with _patience(loaded.graph.timeouts.connect) as begin:
-        probe(loaded, begin)
     return loaded
+
+
+def _check(folder: Folder) -> None:
+    from splitsec.probe import probe
+
+    with _patience(folder.graph.timeouts.connect) as begin:
+        probe(folder, begin)
 
 
 @contextmanager
@@ -243,7 +263,7 @@ class _Running:
     module: str
     """What the process runs."""
     assignment: str
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: subprocess.Popen[bytes] | Forked = field(init=False)
     log: Path = field(init=False)
     unread: bytes = b""
     ready: bool = False
@@ -271,7 +291,8 @@ class Processes:
     """One process per party, from start to end.  Leaving the ``with`` block ends all of them.
 
     ``stand_ins``: by party.  ``in_front``: given a listening party's name and address, the address that the others
-    dial in its place.  ``more``: what every party is told besides.  ``python``: the program in place of our own.
+    dial in its place.  ``more``: what every party is told besides.  ``nest``: where processes are forked, relays apart;
+    None: each is started anew.
     """
 
     def __init__(
@@ -284,9 +305,9 @@ class Processes:
         stand_ins: Mapping[str, StandIn] | None = None,
         in_front: Callable[[str, str], str] = lambda party, address: address,
         more: Mapping[str, Any] | None = None,
-        python: str | None = None,
+        nest: Nest | None = None,
     ) -> None:
-        self._python = python or sys.executable
+        self._nest = nest
         self._stand_ins = dict(stand_ins or {})
         self._in_front = in_front
         self._more = dict(more or {})
@@ -325,6 +346,7 @@ class Processes:
             name: "x25519:" + base64.b64encode(key.public_key().public_bytes_raw()).decode()
             for name, key in private.items()
         }
+        self._await_nest()
         addresses: dict[str, tuple[str | None, str | None]] = {}
         for name, party in self.graph.parties.items():
             address = self._loopback() if party.listen is not None else None
@@ -366,18 +388,37 @@ class Processes:
                 module, assignment = stand_in.module, {**assignment, **stand_in.more}
             self._spawn(_Running(name, module, json.dumps(assignment)), threads)
 
+    def _await_nest(self) -> None:
+        """Have a nest that can fork, or none."""
+        if self._nest is None:
+            return
+        seconds = self.graph.timeouts.connect
+        try:
+            if not self._nest.wait(seconds):
+                self._nest = None
+        except TimeoutError:
+            raise _late(next(iter(self.graph.parties)), seconds) from None
+
     def _spawn(self, party: _Running, threads: int = 1) -> None:
         """Start the process of ``party``.  Its assignment, with the keys, goes to its standard input alone."""
         party.log = Path(self._scratch.name) / f"{party.name}.log"
+        run = [party.module, party.name]  # the name is for who looks at a list of processes
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with party.log.open("ab") as errors:
-            party.process = subprocess.Popen(
-                [self._python, "-m", party.module, party.name],  # the name is for who looks at a list of processes
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-                start_new_session=True,
-            )
+            if self._nest is not None and not isinstance(party, _Relay):  # those need no torch
+                try:
+                    party.process = self._nest.start(run, stderr=errors.fileno(), environment=environment)
+                except OSError as error:
+                    raise PeerLost(f"could not be started: {error}", party=party.name) from None
+            else:
+                party.process = subprocess.Popen(
+                    [sys.executable, "-m", *run],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=environment,
+                    start_new_session=True,
+                )
         self._running[party.name] = party
         assert party.process.stdout is not None
         os.set_blocking(party.process.stdout.fileno(), False)
@@ -483,13 +524,16 @@ class Processes:
             if not data:
                 self._selector.unregister(pipe)
                 code = party.process.wait()
+                lost = self._nest.lost if self._nest is not None and isinstance(party.process, Forked) else None
                 if isinstance(party, _Relay) and party.failure is None and party.deaths < RELAY_DEATHS:
                     found.append((party, self._again(party, code)))
                 elif not party.done and party.failure is None:
                     party.failure = {
                         "event": "died",
                         "code": "died",
-                        "text": _death(code),
+                        "text": _death(code)
+                        if lost is None
+                        else f"died with the process it came of, which {_death(lost)}",
                         "exit_code": 4,
                         "peer": None,
                     }
@@ -567,7 +611,7 @@ class Processes:
         self._scratch.cleanup()
 
     @staticmethod
-    def _stop(processes: list[subprocess.Popen[bytes]], *, ask: bool) -> None:
+    def _stop(processes: list[subprocess.Popen[bytes] | Forked], *, ask: bool) -> None:
         alive = [process for process in processes if process.poll() is None]
         if ask:
             for process in alive:

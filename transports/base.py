@@ -132,6 +132,11 @@ class Port(ABC):
         Holds from the next call of ``receive``, for what is under way, too.
         """
 
+    def hold(self, connection: Hashable, unsent: int) -> None:  # noqa: B027  most have no such queue, or cannot
+        """Let no more than about ``unsent`` bytes of this connection wait below us, in a queue that ``send`` fills and
+        the line empties; what a small message must not wait behind.
+        """
+
     @abstractmethod
     def hang_up(self, connection: Hashable) -> None:
         """End this connection at once; frames that were taken before still leave.  ``receive`` says nothing more of it.

@@ -17,7 +17,7 @@ lent buffer is sealed straight from it, and opened straight into the block.
 
 Cells of circuits that go over the same link take turns with the lanes.  Where the channel itself is carried by a
 circuit, its chunks are cut so that each fits one cell.  The window (``GRANT``) bounds what a peer may send beyond what
-was taken from us; see docs/protocol.md.
+was taken from us; see docs/protocol.md.  How long a chunk is, and how wide the window, a ``meter`` may say.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from splitsec.transports.limits import (
     SPARE_BLOCKS,
     UNACKED_CHUNKS,
     WINDOW,
+    WINDOW_MAX,
 )
+from splitsec.transports.meter import Meter
 from splitsec.transports.session import Cell, Ended, Frame, Lend, Opened, Session
 from splitsec.transports.wire import NO_RUN, ChunkHeader, CloseCode, Kind, Ready
 
@@ -99,25 +101,26 @@ class Outgoing:
         self._pieces = deque([memoryview(header), *views] if header else views)
         self._offset = 0  # bytes of the first piece that have left
 
-    def next_size(self, cell: int | None = None) -> int:
-        """Bytes of the next chunk.  ``cell``: what fits one cell, where a circuit carries the channel: then a copy
-        costs less than a cell that is not full.
+    def next_size(self, cell: int | None = None, most: int = CHUNK_MAX) -> int:
+        """Bytes of the next chunk, ``most`` at most.  ``cell``: what fits one cell, where a circuit carries the
+        channel: then a copy costs less than a cell that is not full.
         """
         if not self._pieces:
             return 0
         if cell is not None:
             return min(self.left, cell)
+        gather = min(GATHER_MAX, most)
         here = len(self._pieces[0]) - self._offset
-        if here == self.left or here >= GATHER_MAX:
-            return min(here, CHUNK_MAX)
-        if self.left <= GATHER_MAX:
+        if here == self.left or here >= gather:
+            return min(here, most)
+        if self.left <= gather:
             return self.left
         for piece in islice(self._pieces, 1, None):
-            if len(piece) >= GATHER_MAX:  # large enough to be sealed where it lies
+            if len(piece) >= gather:  # large enough to be sealed where it lies
                 return here
             here += len(piece)
-            if here >= GATHER_MAX:
-                return GATHER_MAX
+            if here >= gather:
+                return gather
         return here
 
     def cut(self, size: int) -> Frame:
@@ -227,18 +230,21 @@ class Channel:
         window: int = WINDOW,
         cell: int | None = None,
         paced: bool = False,
+        meter: Meter | None = None,
         now: float = 0.0,
     ) -> None:
         """``lanes``: lane number to the largest body accepted, bytes; a lane that is not there is refused.
 
         ``run``: RUN_SIZE random bytes.  ``window``: bytes of CHUNK payload that the peer may send beyond what was
         taken.  ``cell``: bytes of a chunk that fits one cell, where a circuit carries this channel.  ``paced``: its
-        frames leave at set times; then no timer of ours decides what is in one.  ``now``: seconds.
+        frames leave at set times; then no timer of ours decides what is in one.  ``meter``: measures what the
+        connection carries; then chunks are cut to its measure, and the window opens by it.  ``now``: seconds.
         """
         self.session: Session | None = None
         """What carries it now."""
         self.run = run
         self.peer_run = NO_RUN
+        self.meter = meter
         self._lanes = lanes
         self._cell = cell
         self._paced = paced
@@ -321,6 +327,8 @@ class Channel:
         self._unacked.clear()
         self._owed = 0
         self.ack_at = _NEVER
+        if self.meter is not None:
+            self.meter.interrupted()
 
     def opened(self, theirs: Ready) -> None:
         """The session is open, and the peer says where it stands.  Restarted where it is another channel's end;
@@ -373,9 +381,9 @@ class Channel:
         due = None if self.session is None else self.session.deadline()
         return due if due is None else min(due, self.ack_at)
 
-    def next_frame(self, lend: Lend) -> Frame | None:
+    def next_frame(self, lend: Lend, now: float | None = None) -> Frame | None:
         """The frame to send next, or None.  The session's own go first, then what has to be sent again, then lanes and
-        circuits take turns.
+        circuits take turns.  ``now``: seconds, where they are later than was said before.
         """
         session = self.session
         self.holds_chunk = False
@@ -389,6 +397,15 @@ class Channel:
             self._unacked.append(sent)
             self.holds_chunk = True
             return session.seal(*sent, lend)
+        meter = self.meter
+        most = CHUNK_MAX
+        if meter is not None:
+            if now is not None:
+                self._now = now
+            if meter.mark_due(self.queued, self._now):
+                session.ping(meter.mark(self.queued, self._now))
+                return session.next_frame(lend)
+            most = meter.chunk
         for _ in range(len(self._turns)):
             source = self._turns.popleft()
             if isinstance(source, CellSource):
@@ -399,9 +416,11 @@ class Channel:
                 self._turns.append(source)
                 header, frame, handshake = cell
                 session.seal_cell(header, frame, handshake)
+                if meter is not None:
+                    meter.handed(len(frame))
                 return frame
             message = source.messages[0]
-            size = message.next_size(self._cell)
+            size = message.next_size(self._cell, most)
             if self._sent + size + CHUNK_COST > self._granted_to_us or len(self._unacked) >= UNACKED_CHUNKS:
                 self._turns.append(source)
                 continue
@@ -412,12 +431,16 @@ class Channel:
             self.holds_chunk = True
             self._sent += size + CHUNK_COST
             self.queued -= size
+            if meter is not None:
+                meter.handed(size)
             if not message.left:
                 source.messages.popleft()
                 source.number = (source.number + 1) % _WRAP
             if source.messages:
                 self._turns.append(source)
             return sealed
+        if meter is not None and self.queued:
+            meter.stalled()
         if self._paced and session.told != session.received:
             session.grant(self._granted_by_us)  # nothing else goes now: acknowledge
             return session.next_frame(lend)
@@ -513,8 +536,15 @@ class Channel:
             self._events.append(
                 Message(lane, bytes(incoming.view[incoming.start : middle]), incoming.view[middle : incoming.end])
             )
+        if self.meter is not None:
+            self.meter.arrived(size, self._now)
         self._grant()
         self._acknowledge(size)
+
+    def answered(self, number: int) -> None:
+        """The peer's answer to a PING of that number."""
+        if self.meter is not None:
+            self.meter.answered(number, self._now)
 
     def granted(self, total: int) -> None:
         """The peer takes ``total`` bytes in all."""
@@ -565,8 +595,11 @@ class Channel:
 
     def _grant(self) -> None:
         """Let the peer send as much as the window allows, if that is worth a frame."""
-        total = self._received + max(0, self._window - self._held)
-        if total - self._granted_by_us >= self._window // 4:
+        window = self._window
+        if self.meter is not None:
+            window = max(window, min(WINDOW_MAX, 2 * self.meter.flight))
+        total = self._received + max(0, window - self._held)
+        if total - self._granted_by_us >= window // 4:
             self._granted_by_us = total
             if self.session is not None:
                 self.session.grant(total)

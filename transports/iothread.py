@@ -75,6 +75,7 @@ from splitsec.transports.limits import (
     STRANGERS_MAX,
     WINDOW,
 )
+from splitsec.transports.meter import Meter
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Ended, Frame, Lend, Session, State
 from splitsec.transports.session import Opened as SessionOpened
@@ -87,6 +88,8 @@ __all__ = ["CloseCode", "Closed", "Event", "IOThread", "Interrupted", "Opened", 
 
 _log = logging.getLogger("splitsec.transports")
 _FOREVER: Final = float("inf")
+DOUBLED_SECONDS: Final = 60.0
+"""Between two lines in the log about a second process with one peer's key."""
 
 
 @final
@@ -491,6 +494,7 @@ class _Line:
         "circuit",
         "connection",
         "forget_at",
+        "held",
         "known",
         "pending",
         "port",
@@ -507,6 +511,7 @@ class _Line:
         self.circuit = circuit  # or what it travels in
         self.known: _State | None = None  # whose line it is
         self.pending: Frame | None = None  # a frame that the port did not take yet
+        self.held: int | None = None  # bytes that may wait below us, as far as the port was told
         self.buffer = bytearray()
         self.block: bytearray | None = None  # that the last cell lies in
         self.forget_at = _FOREVER  # over, and kept only until its goodbye has left
@@ -578,6 +583,7 @@ class _State:
         "channel",
         "circuit",
         "creates",
+        "doubled_at",
         "ended",
         "gone_by",
         "last_try",
@@ -603,6 +609,7 @@ class _State:
         self.port: base.Port | None = None  # that we dial with
         self.opened = False  # at least once
         self.opened_at = 0.0  # the last time
+        self.doubled_at = -_FOREVER  # we last said that there is a second process with its key
         self.gone_by = gone_by  # given up then, where no session is open
         self.progress = 0  # of the channel, when the last session broke
         self.redial_at = _FOREVER
@@ -765,6 +772,7 @@ class _Driver:
             window=LINK_WINDOW,
             cell=cell,
             paced=bool(peer.routes and self._circuits.cover),
+            meter=None if peer.routes else Meter(),  # what goes through a circuit tells nobody how it is measured
         )
         gone_by = _FOREVER if peer.cells_only else self._now + self._timeouts.connect
         return _State(peer, channel, gone_by)
@@ -915,6 +923,7 @@ class _Driver:
                     return False
                 case base.Arrival(connection, frame):
                     line = self._lines.get((port, connection))
+                    self._now = time.monotonic()  # for who measures: a burst takes milliseconds
                     if line is not None:
                         self._arrived(line, frame)
                         while self._soon:  # while it is still in the cache
@@ -998,7 +1007,7 @@ class _Driver:
         """
         commands = self._owner._commands
         for count in range(BURST_FRAMES):
-            frame = line.pending or line.machine.next_frame(line.lend)
+            frame = line.pending or self._next_frame(line, port)
             if frame is None:
                 if line.forget_at != _FOREVER and line.session.is_over:
                     self._forget(line)
@@ -1010,6 +1019,19 @@ class _Driver:
             if commands:  # a small message is not to wait for a large one
                 return True
         return True
+
+    @staticmethod
+    def _next_frame(line: _Line, port: base.Port) -> Frame | None:
+        """What goes next on a line of a port."""
+        channel = line.channel
+        if channel is None:
+            return line.session.next_frame(line.lend)
+        frame = channel.next_frame(line.lend, time.monotonic())
+        meter = channel.meter
+        if meter is not None and (unsent := meter.unsent) is not None and unsent != line.held:
+            line.held = unsent
+            port.hold(line.connection, unsent)
+        return frame
 
     def _leave(self, code: CloseCode) -> bool:
         """One step towards the end: what is queued, goodbyes of channels in circuits, goodbyes of the others.  True:
@@ -1102,6 +1124,13 @@ class _Driver:
         if line is not None and line.session.state is State.CONFIRMING and self._own_key < peer:
             return CloseCode.CROSSED  # ours, of which the peer knows already
         another = state.is_open and theirs.run != state.channel.peer_run and not state.peer.cells_only
+        if another and self._now >= state.doubled_at + DOUBLED_SECONDS:
+            state.doubled_at = self._now
+            _log.warning(
+                "turned away: somebody who has the key of %s, with which we are connected; "
+                "it was started twice, or its key was stolen",
+                self._called(peer),
+            )
         if another or not state.channel.fits(theirs):
             if state.opened and not state.is_open and not state.peer.cells_only:
                 restarted = Restarted(

@@ -24,8 +24,11 @@ __all__ = [
     "CELL_MIN",
     "CELL_ROOM",
     "CHUNK_COST",
+    "CHUNK_FIRST",
     "CHUNK_HEADER_SIZE",
     "CHUNK_MAX",
+    "CHUNK_MIN",
+    "CHUNK_SECONDS",
     "CIRCUITS_SPARE",
     "CIRCUIT_CELLS",
     "CLOSE_SECONDS",
@@ -51,11 +54,17 @@ __all__ = [
     "LOGS_BURST",
     "LOGS_PER_SECOND",
     "LONE_CELL",
+    "MARKS_MAX",
+    "MARK_BYTES",
+    "MARK_SECONDS",
+    "MEASURE_BYTES",
+    "MEASURE_SECONDS",
     "MESSAGE_COST",
     "OUTBOX_BYTES",
     "OVERHEAD",
     "PAYLOAD_MAX",
     "QUEUED_FRAMES",
+    "RATE_SECONDS",
     "READ_BYTES",
     "REDIAL_MAX_SECONDS",
     "REDIAL_SECONDS",
@@ -63,6 +72,7 @@ __all__ = [
     "REKEY_SECONDS",
     "RELAY_BYTES",
     "REST_SECONDS",
+    "ROUND_TRIPS",
     "ROUTE_TRIES",
     "RUN_SIZE",
     "SMALL_BLOCK",
@@ -77,6 +87,7 @@ __all__ = [
     "TAG_SIZE",
     "UNACKED_CHUNKS",
     "WINDOW",
+    "WINDOW_MAX",
     "cell_limit",
     "fixed_cell",
     "padme",
@@ -180,7 +191,44 @@ MESSAGE_COST: Final = 1024
 
 WINDOW: Final = 16 << 20
 """Bytes that a peer may send beyond what was taken from us, where nobody says otherwise.  16 MiB keeps 1 Gbit/s busy
-over a round trip of 130 ms."""
+over a round trip of 130 ms; over a longer one the window opens further."""
+
+WINDOW_MAX: Final = 128 << 20
+"""Bytes to which a window opens at most, where so much arrives within two round trips; as OUTBOX_BYTES, for we have no
+more than those under way ourselves."""
+
+CHUNK_SECONDS: Final = 0.01
+"""Seconds of a connection that one chunk takes up, where it is known: what another lane waits for at most, and what a
+receiver waits for before it can open anything.  Less would cost more frames than it saves time."""
+
+CHUNK_MIN: Final = 16 << 10
+"""Bytes of a chunk on the slowest connection: 0.4 % of them are headers and tags.  130 ms at 1 Mbit/s."""
+
+CHUNK_FIRST: Final = 64 << 10
+"""Bytes of a chunk where nothing is known yet.  Before 20 s are over, the default of `timeouts.lost`, it has arrived
+at 26 kbit/s."""
+
+MEASURE_BYTES: Final = 64 << 10
+"""Bytes in one stretch of which a rate is made, at least."""
+
+MEASURE_SECONDS: Final = 0.25
+"""Seconds between two measurements where little is sent at a time: eight PINGs of 51 bytes a second."""
+
+MARK_BYTES: Final = 256 << 10
+"""Bytes of a long stretch between two marks, at least."""
+
+MARK_SECONDS: Final = 0.1
+"""Seconds of a long stretch between two marks, at least, once something is known."""
+
+MARKS_MAX: Final = 2
+"""Marks of earlier stretches that may be unanswered when another begins."""
+
+RATE_SECONDS: Final = 10.0
+"""Seconds for which a rate counts after it was measured, as long as there are others: a line that has become slower is
+noticed after so long.  BBR's filter for round trips has the same length."""
+
+ROUND_TRIPS: Final = 16
+"""Round trips of which the shortest counts."""
 
 CIRCUIT_CELLS: Final = 4
 """Largest cells that may wait at a relay for one circuit and direction.  Fewer stall the pipe, more fill memory."""

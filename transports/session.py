@@ -215,6 +215,9 @@ class Inbox(Protocol):
     def acknowledged(self, total: int) -> None:
         """The peer has received ``total`` chunks, counted since the channel began."""
 
+    def answered(self, number: int) -> None:
+        """The peer has had our PING of that number (``Session.ping``), and all before it."""
+
 
 @final
 class Session:
@@ -457,6 +460,8 @@ class Session:
         match header.kind:
             case Kind.PING:
                 self._say(ChunkHeader(Kind.PONG, value=header.value))
+            case Kind.PONG if inbox is not None and header.value:  # a heartbeat's is 0
+                inbox.answered(header.value)
             case Kind.PONG:
                 pass
             case Kind.GRANT if inbox is not None:
@@ -503,6 +508,10 @@ class Session:
     def grant(self, total: int) -> None:
         """Tell the peer that we take ``total`` bytes of CHUNK payload, counted since the channel began."""
         self._say(ChunkHeader(Kind.GRANT, value=total))
+
+    def ping(self, number: int) -> None:
+        """Ask the peer for an answer with ``number``, not 0, as soon as it has had all that was sent before."""
+        self._say(ChunkHeader(Kind.PING, value=number))
 
     def close(self, code: CloseCode) -> None:
         """Say goodbye; what is not sealed yet does not go out.  Does nothing to a session that has ended."""
@@ -560,7 +569,8 @@ class Session:
                     return [Ended(Lost(f"nothing was heard for {self._lost_after:g} s"), CloseCode.LOST)]
                 if now >= self._ping_at:
                     self._ping_at = now + self._lost_after / 4
-                    self._say(ChunkHeader(Kind.PING))
+                    if Kind.PING not in self._control:
+                        self._say(ChunkHeader(Kind.PING))
                 if now >= self._rekey_at:
                     self._rekey_at = now + self._rekey_seconds
                     assert self._sealer is not None

@@ -74,6 +74,7 @@ _LEAVING_MAX: Final = 64  # connections that are over but for what is still to b
 _LEAVING_PAUSE: Final = 0.005  # seconds
 _IPC_SEND_BUFFER: Final = 1 << 20  # bytes: a frame fits, which then takes one call and one wake-up
 _LOOPBACK_SEND_BUFFER: Final = 256 << 10  # bytes: between two processes of one machine more only leaves the cache
+_UNSENT: Final[int | None] = getattr(socket, "TCP_NOTSENT_LOWAT", None)  # Linux and macOS have it
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)  # an error is enough, whatever the program does about SIGPIPE
 
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -298,6 +299,12 @@ class _SocketPort(Port):
         link = self._links.get(connection)
         if link is not None:
             link.stream.trust()
+
+    def hold(self, connection: Hashable, unsent: int) -> None:
+        link = self._links.get(connection)
+        if link is not None and link.socket.family != socket.AF_UNIX and _UNSENT is not None:
+            with contextlib.suppress(OSError):  # it is gone
+                link.socket.setsockopt(socket.IPPROTO_TCP, _UNSENT, unsent)
 
     def hang_up(self, connection: Hashable) -> None:
         link = self._links.get(connection)

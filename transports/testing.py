@@ -1,8 +1,9 @@
 """What tests of transports and of protocol machines need, for this package and for other people's transports.
 
 Here: ``TransportConformance``, the suite that every transport must pass; ``FakeClock``; and ``Wire``, which carries
-frames between two machines and can lose, repeat, swap, cut short or alter them.  Not here: pytest, which this file does
-not import; the suite's methods are plain functions that assert.
+frames between two machines and can lose, repeat, swap, cut short or alter them.  ``SlowLink``, a line with a rate and a
+delay, is offered here as well (``slowlink``).  Not here: pytest, which this file does not import; the suite's methods
+are plain functions that assert.
 
     class TestPigeon(TransportConformance):
         hangs_up = False  # what it does not promise
@@ -36,9 +37,10 @@ from splitsec.transports.iothread import CloseCode, Closed, IOThread, Opened, Pe
 from splitsec.transports.limits import FRAME_MAX, QUEUED_FRAMES
 from splitsec.transports.noise import public_key_of
 from splitsec.transports.session import Frame, Greet, Lend, Session
+from splitsec.transports.slowlink import SlowLink
 from splitsec.transports.wire import NO_RUN, Ready
 
-__all__ = ["FakeClock", "TransportConformance", "Wire", "lend", "session_pair"]
+__all__ = ["FakeClock", "SlowLink", "TransportConformance", "Wire", "lend", "session_pair"]
 
 _PATIENCE: Final = 10.0  # seconds that the suite waits for what should take milliseconds
 _QUIET: Final = 0.2  # seconds in which nothing must happen where nothing should

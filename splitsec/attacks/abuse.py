@@ -29,7 +29,6 @@ from splitsec.attacks.adversary import follow_parent
 from splitsec.attacks.arena import Fought, Ground
 from splitsec.attacks.attack import Attack, Judgement
 from splitsec.attacks.outcome import Case, Outcome
-from splitsec.attacks.warm import Nest
 from splitsec.books import JOURNAL_FILE
 from splitsec.demands import demands_of
 from splitsec.engine import Engine
@@ -37,6 +36,7 @@ from splitsec.errors import LedgerError, PartyFailed, SplitsecError
 from splitsec.graph import Graph, Timeouts, parse_graph
 from splitsec.journal import read, verify
 from splitsec.messages import DTYPES, Message, decode, encode
+from splitsec.nest import Nest, open_nest
 from splitsec.party import Job, Party
 from splitsec.partyfile import load_party
 from splitsec.plan import FIRST_CUT_LANE, Lane, make_plan, taking_part, weights_lane
@@ -48,6 +48,8 @@ from splitsec.transports.limits import CELL_HEAD, SMALL_CELL
 
 __all__ = ["CASES", "Abuse", "Peace", "ProtocolAbuse", "main"]
 
+ABUSER: Final = "splitsec.attacks.abuse"
+"""What the abuser's process runs: this file."""
 TIMEOUTS: Final = {"connect": 15.0, "lost": 2.0, "gone": 3.0}
 """Seconds, in place of the graph's, that a case ends soon."""
 ANSWER: Final = 2.0
@@ -780,6 +782,7 @@ def _abuse(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
             party.connect()
             party.agree()
             party.run()
+            party.stay()
             while party.liar.silent:  # alive, until the parent has seen enough
                 party.guard.wait()
     finally:
@@ -822,7 +825,7 @@ class Peace:
         return self._answer + MORE
 
     @classmethod
-    def on(cls, ground: Ground, attack: str, python: str | None, batches: int = 1) -> Peace:
+    def on(cls, ground: Ground, attack: str, nest: Nest | None, batches: int = 1) -> Peace:
         """Run it, for ``batches`` at least.  Raises ``PartyFailed`` where a folder does not even train in peace."""
         last, silence = time.monotonic(), 0.0
 
@@ -830,7 +833,7 @@ class Peace:
             nonlocal last, silence
             silence, last = max(silence, time.monotonic() - last), time.monotonic()
 
-        fought = ground.fight(attack, None, batches=batches, when=when, python=python)
+        fought = ground.fight(attack, None, batches=batches, when=when, nest=nest)
         for party, failure in fought.failures.items():
             raise PartyFailed(party, failure["text"], exit_code=failure["exit_code"], kind=failure["code"])
         peace = cls(fought, _is_exact(ground), ground.graph, silence=silence)
@@ -921,8 +924,8 @@ def _is_exact(ground: Ground) -> bool:
 
 REFUSALS: Final = ("PeerMisbehaved", "PeerRefusedUs", "PeerUnreachable", "SuspectedAttack")
 """Errors with which a party turns a peer away or never lets it in, and says which."""
-STALLED: Final = "is connected, but has sent nothing"
-"""How ``PeerLost`` says that a peer owes an answer; otherwise it tells of one that went by itself."""
+STALLED: Final = "is connected, but has "
+"""How ``PeerLost`` says that a peer owes an answer or a word; otherwise it tells of one that went by itself."""
 
 
 def line_of(failure: Mapping[str, Any]) -> str:
@@ -1020,19 +1023,18 @@ class ProtocolAbuse(Attack):
         if not wanted:
             judged = Judgement("does not apply", "no activation leaves a party here, so there is nobody to abuse")
             return self.outcome(ground, judged, seconds=time.monotonic() - began)
-        with Nest() if self._nest is None else nullcontext(self._nest) as nest:
-            nest.wait()
+        with open_nest([ABUSER]) if self._nest is None else nullcontext(self._nest) as nest:
             peace: dict[bool, Peace | None] = {False: None, True: None}
             found = []
             for tried, (case, party) in enumerate(wanted, 1):
                 if (calm := peace[case.later]) is None:
-                    calm = peace[case.later] = Peace.on(ground, self.name, nest.python, _batches(ground, case))
+                    calm = peace[case.later] = Peace.on(ground, self.name, nest, _batches(ground, case))
                 if (one := self._one(ground, case, party, calm, nest)) is not None:
                     found.append(one)
                 ground.report({"event": "progress", "done": tried, "of": len(wanted)})
         return self.outcome(ground, judgement(found, len(wanted)), seconds=time.monotonic() - began)
 
-    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest) -> Case | None:
+    def _one(self, ground: Ground, case: Abuse, party: str, peace: Peace, nest: Nest | None) -> Case | None:
         """None: the run gave no occasion for it."""
         a_turn = ground.steps_an_epoch() // (1 if ground.graph.schedule == "parallel" else ground.graph.streams)
         fought = ground.fight(
@@ -1040,11 +1042,11 @@ class ProtocolAbuse(Attack):
             None,
             [party],
             batches=_batches(ground, case),
-            module="splitsec.attacks.abuse",
+            module=ABUSER,
             options={"case": case.name, "at": case.at if case.later else min(case.at, max(0, a_turn - 2))},
             timeouts=peace.timeouts,
             quiet=peace.quiet,
-            python=nest.python,
+            nest=nest,
         )
         if (failure := fought.failures.get(party)) is not None:
             told = f"{failure['text']}\n{fought.logs.get(party, '')}"

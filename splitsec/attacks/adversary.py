@@ -106,6 +106,8 @@ def _attack(assignment: dict[str, Any], report: Told) -> None:
         party.agree()
         party.run()
         party.save()
+        party.stay()
+        party.sum_up()
         reason = CloseCode.NORMAL
     except PeerError as error:
         report({"event": "left alone", "text": str(error)})

@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +27,13 @@ from splitsec.attacks.strategy import Loot
 from splitsec.demands import demands_of
 from splitsec.errors import PartyFailed, PartyFileError, UserError
 from splitsec.graph import Graph
+from splitsec.nest import Nest, open_nest
 from splitsec.partyfile import NO_DETECTORS, Folder, PartyFile, load_folder, load_function
 from splitsec.plan import make_plan
 from splitsec.probe import probe
 from splitsec.samples import Samples, read_own
 from splitsec.schedule import TRAIN, Turn, run_schedule, step_count
-from splitsec.simulation import Processes, StandIn
+from splitsec.simulation import Processes, StandIn, needed_by
 from splitsec.usercode import user_code
 
 __all__ = ["Aim", "Alarm", "Fought", "Ground", "Report", "read_loot", "write_loot"]
@@ -287,16 +288,16 @@ class Ground:
         trace: bool = False,
         patience: float = PATIENCE,
         quiet: float | None = None,
-        python: str | None = None,
+        nest: Nest | None = None,
     ) -> Fought:
         """Train the folder's graph for at least ``batches`` training batches, with each of ``attackers`` run by
         ``module``, told ``attack``, ``aim`` and ``options``.
 
-        ``in_front``, ``python``: as ``Processes`` takes them.  ``told``: replaces what attackers are told (another
-        ``graph``, say).  ``timeouts``: replace the graph's.  ``when`` sees every event as it comes, with the processes
-        (their throw-away keys, their addresses in ``graph``).  ``patience``, ``quiet``: seconds, as
-        ``Processes.outlast`` takes them.  Raises ``PartyFailed`` where an attacker with the standard ``module`` fails
-        by itself.
+        ``in_front``: as ``Processes`` takes it.  ``nest``: where processes are forked; None: in one of this run's own.
+        ``told``: replaces what attackers are told (another ``graph``, say).  ``timeouts``: replace the graph's.
+        ``when`` sees every event as it comes, with the processes (their throw-away keys, their addresses in
+        ``graph``).  ``patience``, ``quiet``: seconds, as ``Processes.outlast`` takes them.  Raises ``PartyFailed``
+        where an attacker with the standard ``module`` fails by itself.
         """
         began = time.monotonic()
         wanted = self.batches or batches
@@ -335,15 +336,19 @@ class Ground:
 
         if trace:
             (place / "trace").mkdir()
-        with Processes(
-            Folder(self.folder.path, graph, self.folder.parties),
-            job,
-            watch,
-            stand_ins=stand_ins,
-            in_front=in_front,
-            more={"undefended": self.undefended},
-            python=python,
-        ) as processes:
+        needed = [*needed_by(self.folder), *([module] if attackers else [])]
+        with (
+            open_nest(needed) if nest is None else nullcontext(nest) as open_one,
+            Processes(
+                Folder(self.folder.path, graph, self.folder.parties),
+                job,
+                watch,
+                stand_ins=stand_ins,
+                in_front=in_front,
+                more={"undefended": self.undefended},
+                nest=open_one,
+            ) as processes,
+        ):
             ended = processes.outlast(patience, quiet=quiet)
             failures = processes.failures
             logs = {name: processes.log_of(name) for name in processes.events}

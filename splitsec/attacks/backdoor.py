@@ -237,9 +237,9 @@ class _Flipping(Imposter):
         self.steps = 0
 
     def backward(
-        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int, place: int = 0
     ) -> list[torch.Tensor | None]:
-        back = super().backward(stage, gradients, micro=micro)
+        back = super().backward(stage, gradients, micro=micro, place=place)
         return [
             gradient if gradient is None or edge.local else self.factor * gradient
             for edge, gradient in zip(stage.inputs, back, strict=True)

@@ -222,17 +222,16 @@ class _Hijacker(Listener):
         update: int | None,
         share: float,
     ) -> tuple[dict[Edge, torch.Tensor], torch.Tensor | None]:
-        before = self.score.loss
         made = super().forward(stage, inputs, labels, micro=micro, update=update, share=share)
         if update is not None and labels is not None and self._listens(stage) is not None:
-            self._losses[micro] = (self.score.loss - before) / len(labels)
+            self._losses[micro] = self.loss_of(micro)
         return made
 
     def backward(
-        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int, place: int = 0
     ) -> list[torch.Tensor | None]:
         unanswered = [one for one in self._open if one.gradient is None]
-        back = super().backward(stage, gradients, micro=micro)
+        back = super().backward(stage, gradients, micro=micro, place=place)
         which = self._listens(stage)
         if which is None or not unanswered:
             return back

@@ -88,12 +88,12 @@ class Overhearing(Listener):
         return outputs, prediction
 
     def backward(
-        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int, place: int = 0
     ) -> list[torch.Tensor | None]:
         for edge, gradient in gradients.items():
             if f"{edge.source} -> {edge.target}" == self._cut:
                 self._answered(gradient)
-        return Segment.backward(self, stage, gradients, micro=micro)
+        return Segment.backward(self, stage, gradients, micro=micro, place=place)
 
     def step(self) -> None:
         super().step()

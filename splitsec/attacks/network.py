@@ -28,9 +28,9 @@ from splitsec.attacks.abuse import Peace, judgement, line_of, survived
 from splitsec.attacks.arena import Fought, Ground
 from splitsec.attacks.attack import Attack, Judgement
 from splitsec.attacks.outcome import Case, Outcome
-from splitsec.attacks.warm import Nest
 from splitsec.contract import digest
 from splitsec.graph import Graph, Link
+from splitsec.nest import Nest, open_nest
 from splitsec.plan import largest_bodies, make_plan, taking_part
 from splitsec.simulation import Processes
 from splitsec.transports import handshake, hybrid, layer
@@ -835,9 +835,8 @@ class NetworkAbuse(Attack):
         if not wanted:
             judged = Judgement("does not apply", "no two parties are connected here, so there is no line to be on")
             return self.outcome(ground, judged, seconds=time.monotonic() - began)
-        with _silence(), Nest() if self._nest is None else nullcontext(self._nest) as nest:
-            nest.wait()
-            peace = Peace.on(ground, self.name, nest.python)
+        with _silence(), open_nest() if self._nest is None else nullcontext(self._nest) as nest:
+            peace = Peace.on(ground, self.name, nest)
             found = []
             for tried, (case, where) in enumerate(wanted, 1):
                 if (one := self._one(ground, case, where, peace, nest)) is not None:
@@ -845,7 +844,7 @@ class NetworkAbuse(Attack):
                 ground.report({"event": "progress", "done": tried, "of": len(wanted)})
         return self.outcome(ground, judgement(found, len(wanted)), seconds=time.monotonic() - began)
 
-    def _one(self, ground: Ground, case: Meddling, where: str, peace: Peace, nest: Nest) -> Case | None:
+    def _one(self, ground: Ground, case: Meddling, where: str, peace: Peace, nest: Nest | None) -> Case | None:
         """None: the run gave no occasion for it."""
         man = case.man(ground.graph, where)
         lines: list[Line] = []
@@ -865,7 +864,7 @@ class NetworkAbuse(Attack):
                 in_front=in_front,
                 when=lambda party, event, processes: man.hears(event, processes),
                 quiet=peace.quiet + max(man.timeouts.values(), default=0.0),
-                python=nest.python,
+                nest=nest,
             )
         finally:
             man.ends()

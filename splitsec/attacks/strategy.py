@@ -171,9 +171,9 @@ class Listener(Imposter):
         return super().forward(stage, inputs, labels, micro=micro, update=update, share=share)
 
     def backward(
-        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int
+        self, stage: Stage, gradients: Mapping[Edge, torch.Tensor | None], *, micro: int, place: int = 0
     ) -> list[torch.Tensor | None]:
-        back = super().backward(stage, gradients, micro=micro)
+        back = super().backward(stage, gradients, micro=micro, place=place)
         if (which := self._listens(stage)) is not None:
             self._answered(back[which])
         return back

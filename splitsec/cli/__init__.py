@@ -23,6 +23,7 @@ A folder holds the graph file (graph.yaml, shared by all) and one party file for
 private):
 
   splitsec check FOLDER        is it right?  and a picture of it
+  splitsec plan FOLDER         what will it cost whom, and where else could it be cut?
   splitsec simulate FOLDER     train it here, one process for each party
   splitsec attack FOLDER ...   what would attackers get from it?
   splitsec keys new NAME       make a party's key
@@ -39,7 +40,7 @@ private):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from splitsec import __version__
-    from splitsec.cli import attack, bench, check, join, journal, keys, ledger, listen, predict, relay, simulate
+    from splitsec.cli import attack, bench, check, join, journal, keys, ledger, listen, plan, predict, relay, simulate
 
     parser = argparse.ArgumentParser(
         prog="splitsec", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"splitsec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     runs: dict[str, Callable[[argparse.Namespace], int]] = {}
-    for module in (check, keys, simulate, attack, predict, join, relay, ledger, journal, listen, bench):
+    for module in (check, plan, keys, simulate, attack, predict, join, relay, ledger, journal, listen, bench):
         module.add_parser(commands)
         runs[module.__name__.rsplit(".", 1)[1]] = module.run
     arguments = parser.parse_args(argv)

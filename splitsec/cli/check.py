@@ -179,7 +179,14 @@ def _as_json(folder: Folder) -> dict[str, Any]:
         "schedule": graph.schedule,
         "segments": list(graph.order),
         "cuts": [
-            {"from": cut.source, "to": cut.target, "shape": list(cut.shape), "dtype": cut.dtype} for cut in graph.cuts
+            {
+                "from": cut.source,
+                "to": cut.target,
+                "shape": list(cut.shape),
+                "dtype": cut.dtype,
+                "codec": cut.codec,
+            }
+            for cut in graph.cuts
         ],
         "labels": [{"from": one.source, "to": one.target, "field": one.field} for one in graph.labels],
         "links": [{"dialer": one.dialer, "listener": one.listener} for one in graph.links()],

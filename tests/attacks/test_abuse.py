@@ -15,12 +15,12 @@ from typing import Final
 
 import pytest
 
-from splitsec.attacks.abuse import CASES, LATER, Peace, ProtocolAbuse, abuser_of
+from splitsec.attacks.abuse import ABUSER, CASES, LATER, Peace, ProtocolAbuse, abuser_of
 from splitsec.attacks.arena import Ground
 from splitsec.attacks.outcome import Case, Outcome
-from splitsec.attacks.warm import Nest
 from splitsec.books import JOURNAL_FILE
 from splitsec.journal import Journal
+from splitsec.nest import Nest
 from tests.conftest import change, write_folder
 
 GRADIENT: Final = "clinic-a: server: gradient of stem -> trunk: "
@@ -29,6 +29,7 @@ UNASKED: Final = "an answer to what we have not sent"
 WENT_ON: Final = "was made again; the run went on to weights equal to the last bit"
 
 HELD: Final = {
+    "more epochs: never done": "server: is connected, but has not said that it is done",
     "more epochs: another graph": "server: no session: handshake refused by the peer: the graphs differ",
     "more epochs: a gradient after the last step": UNASKED,
     "more samples": "server: says that stream",
@@ -78,7 +79,6 @@ HELD: Final = {
 """What the operator reads."""
 
 NOT_HELD: Final = {
-    "more epochs: never done": "waited without a word",
     "large values at once": "are not those of a run in peace",
 }
 """What gets through, or is not said by its name; docs/threat-model.md says so, too."""
@@ -105,8 +105,7 @@ def abuse(folder: Path, nest: Nest, cases: Sequence[str] | None = None) -> Outco
 
 @pytest.fixture(scope="module")
 def nest() -> Iterator[Nest]:
-    with Nest() as nest:
-        nest.wait()
+    with Nest([ABUSER]) as nest:
         yield nest
 
 
@@ -213,7 +212,7 @@ BROKEN: Final = {
         ["another shape"],
     ),
     "kind": (
-        *(CLIENT, "splitsec.guard", "_complaint"),
+        *(CLIENT, "splitsec.guard", "_misplaced"),
         *("if message.kind != lane.kind:", "if False:"),
         ["another kind"],
     ),
@@ -296,7 +295,7 @@ def test_a_case_for_the_detectors_is_not_held_without_them(name: str, unwatched:
 @pytest.fixture(scope="module")
 def peace(nest: Nest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peace]:
     with Ground(small(tmp_path_factory.mktemp("peace") / "small")) as ground:
-        yield Peace.on(ground, "protocol-abuse", nest.python)
+        yield Peace.on(ground, "protocol-abuse", nest)
 
 
 def test_a_run_in_peace_is_its_own_measure(peace: Peace) -> None:

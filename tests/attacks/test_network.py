@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from splitsec.attacks.arena import Ground
 from splitsec.attacks.network import CASES, Line, Man, NetworkAbuse, forged_accept, forged_answer, forged_hello
 from splitsec.attacks.outcome import Case, Outcome
-from splitsec.attacks.warm import Nest
 from splitsec.graph import load_graph
+from splitsec.nest import Nest
 from splitsec.transports.errors import Damaged, Refused
 from splitsec.transports.handshake import Initiator, Responder, State
 from splitsec.transports.iothread import IOThread, Opened, Peer, Received
@@ -52,11 +52,9 @@ HELD: Final = {
     "impersonation: a stolen relay key": "the circuit through server ended (damaged)",
     "key-compromise impersonation: of the listener": "did not come up within 6 s",
     "key-compromise impersonation: of the dialer": TURNED + "a record that is altered, or not the next one",
+    "a second process with a stolen key": "turned away: somebody who has the key of clinic-a",
 }
 """What the operator reads."""
-
-NOT_HELD: Final = {"a second process with a stolen key": "but no log says a word of it"}
-"""What nobody is told of."""
 
 ENDS_IT: Final = {
     "cutting the cable for good",
@@ -77,7 +75,6 @@ def abuse(folder: Path, nest: Nest, cases: Sequence[str] | None = None) -> Outco
 @pytest.fixture(scope="module")
 def nest() -> Iterator[Nest]:
     with Nest() as nest:
-        nest.wait()
         yield nest
 
 
@@ -93,8 +90,8 @@ def found(outcome: Outcome) -> dict[str, Case]:
 
 def test_every_case_is_tried(outcome: Outcome) -> None:
     assert [case.name for case in outcome.cases] == [case.name for case in CASES]
-    assert {case.name for case in CASES} == HELD.keys() | NOT_HELD.keys()
-    assert outcome.verdict == ("not all held" if NOT_HELD else "refused")
+    assert {case.name for case in CASES} == HELD.keys()
+    assert outcome.verdict == "refused"
 
 
 @pytest.mark.threat("T10", "T12", "T13", "T14", "T16", "T19", "T93", "T126", "T127")
@@ -104,12 +101,6 @@ def test_nothing_is_read_or_altered_and_the_operator_reads_what_happened(name: s
     assert found[name].held, found[name].seen
     assert HELD[name] in found[name].seen
     assert found[name].seen.startswith(ENDED) if name in ENDS_IT else found[name].seen.endswith(WENT_ON)
-
-
-@pytest.mark.parametrize("name", NOT_HELD)
-def test_what_is_not_noticed_is_said_not_to_be(name: str, found: dict[str, Case]) -> None:
-    assert not found[name].held
-    assert NOT_HELD[name] in found[name].seen
 
 
 @pytest.mark.threat("T33")

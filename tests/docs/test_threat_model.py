@@ -426,8 +426,11 @@ def test_throw_away_keys_are_nowhere_to_be_seen(folder: Path, tmp_path: Path, mo
     assert found == []
 
 
-def children() -> list[str]:
-    return (Path("/proc/self/task") / str(os.getpid()) / "children").read_text().split()
+def children(pid: str | None = None) -> list[str]:
+    """Process ids of all that came of ``pid``, or of us."""
+    pid = pid or str(os.getpid())
+    found = (Path("/proc") / pid / "task" / pid / "children").read_text().split()
+    return [*found, *(one for child in found for one in children(child))]
 
 
 # --- what nothing else shows

@@ -32,12 +32,23 @@ def in_the_middle(shell: Shell, folder: Path, third_step: str = "") -> tuple[Com
     parties = {}
     for party in ("clinic-a", "server", "clinic-b"):
         parties[party] = int(shell.hear("step", party, "3")[3])
-    assert {command.pid, *parties.values()} == set(shell.alive())
+    warm = warm_processes(shell)
+    assert len(warm) == (shell.env.get("SPLITSEC_FORK") != "0")
+    assert {command.pid, *warm, *parties.values()} == set(shell.alive())
     return command, parties
 
 
-@pytest.mark.parametrize("party", ["clinic-a", "clinic-b", "server"])
-def test_a_party_that_is_killed(shell: Shell, folder: Path, party: str) -> None:
+def warm_processes(shell: Shell) -> list[int]:
+    """Process ids of those that parties are forked from."""
+    return [pid for pid, line in shell.alive().items() if "-m splitsec.nest" in line]
+
+
+@pytest.mark.parametrize(("party", "fork"), [("clinic-a", "1"), ("clinic-b", "1"), ("server", "1"), ("server", "0")])
+def test_a_party_that_is_killed(
+    shell: Shell, folder: Path, party: str, fork: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where parties are not forked from a warm process, but each started anew."""
+    monkeypatch.setitem(shell.env, "SPLITSEC_FORK", fork)
     command, parties = in_the_middle(shell, folder)
     os.kill(parties[party], signal.SIGKILL)
     end = command.end()
@@ -47,6 +58,22 @@ def test_a_party_that_is_killed(shell: Shell, folder: Path, party: str) -> None:
     assert f"\nsplitsec: {party}: died: killed by signal SIGKILL" in end.stderr
     assert "Traceback" not in end.stderr
     assert end.stdout == ""
+    assert not (folder.parent / "out").exists()
+    assert list(shell.scratch.iterdir()) == []
+
+
+def test_the_process_that_the_parties_come_of_is_killed(shell: Shell, folder: Path) -> None:
+    """It is no party, and holds nothing of theirs; but they cannot outlive it, and the end says so."""
+    command, _ = in_the_middle(shell, folder)
+    (warm,) = warm_processes(shell)
+    os.kill(warm, signal.SIGKILL)
+    end = command.end()
+    assert shell.alive() == {}
+    assert end.seconds < SECONDS
+    assert end.code == 4
+    said = " ".join(end.stderr.split())
+    assert re.search("splitsec: (clinic-.|server): died with the process it came of, which died: killed by", said)
+    assert "Traceback" not in end.stderr
     assert not (folder.parent / "out").exists()
     assert list(shell.scratch.iterdir()) == []
 

@@ -87,7 +87,7 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert said["digest"] == digest(load_graph(folder / "graph.yaml")).hex()
     assert said["links"] == [{"dialer": "ann", "listener": "ben"}]
     assert (said["circuits"], said["relays"], said["anonymous"], said["warnings"]) == ([], [], None, [])
-    assert said["cuts"] == [{"from": "low", "to": "high", "shape": [3], "dtype": "float32"}]
+    assert said["cuts"] == [{"from": "low", "to": "high", "shape": [3], "dtype": "float32", "codec": None}]
 
 
 def test_the_picture_goes_to_a_file_or_to_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from splitsec.demands import demands_of
 from splitsec.detectors import Detectors
-from splitsec.engine import Engine
+from splitsec.engine import Engine, _apart, _Work
 from splitsec.errors import EgressRefused, PeerLost, PeerMisbehaved, SplitsecError, SuspectedAttack
 from splitsec.graph import parse_graph
 from splitsec.guard import Guard
@@ -619,3 +619,116 @@ def test_safeguards_without_limits_let_a_sample_leave_in_both_attempts() -> None
     clinic = Clinic(watching := Watching([20]), safeguards=Safeguards(demands))
     clinic.run(steps_to(22))
     assert [one.step for one in watching.answers] == [20]
+
+
+# --- several clinics in a step
+
+TOGETHER = parse_graph(
+    """
+splitsec: 1
+name: together
+parties: {one: {}, two: {}, three: {}, server: {listen: "tcp://h:1", address: "tcp://h:1"}}
+groups: {clinics: {members: [one, two, three], schedule: parallel}}
+segments: {stem: {at: clinics, data: x}, trunk: {at: server, loss: mse}}
+cuts: [{from: stem, to: trunk, shape: [2], dtype: float32}]
+labels: [{from: clinics, to: trunk, dtype: float32}]
+training: {batch_size: 4}
+"""
+)
+MEMBERS = {name: name.encode().ljust(32) for name in ("one", "two", "three")}
+
+
+class Crossroads:
+    """The server of three clinics, whose messages come in the order of the test."""
+
+    def __init__(self, *, early: bool | None, buffers: bool = False) -> None:
+        torch.manual_seed(5)
+        layers = [nn.Linear(2, 5), nn.BatchNorm1d(5) if buffers else nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)]
+        module = nn.Sequential(*layers)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        self.thread = Thread()
+        self.guard = Guard(
+            make_plan(TOGETHER, "server"), MEMBERS, self.thread, connect_timeout=1, answer_timeout=PATIENCE
+        )
+        self.segment = Segment("trunk", module, optimizer, loss=nn.MSELoss(), loss_name="mse", early_gradient=early)
+        self.engine = Engine(self.guard.plan, {"trunk": self.segment}, self.guard)
+
+    def hear(self, step: int, *members: str) -> None:
+        for member in members:
+            place = list(MEMBERS).index(member)
+            x = torch.randn(4, 2, generator=torch.Generator().manual_seed(3 * step + place))
+            for kind, tensor in (("labels", x.sum(1)), ("activation", x)):
+                lane = next(
+                    n for (peer, n), one in self.guard.plan.lanes_in.items() if (peer, one.kind) == (member, kind)
+                )
+                self.thread.events.append(
+                    arrived(MEMBERS[member], lane, Message(kind, (step, place), tensors={"": tensor}))
+                )
+
+    def run(self, step: int) -> None:
+        micros = tuple(MicroBatch(number, number, 0, 4) for number in range(3))
+        self.engine.run_step(Step(step, TRAIN, 0, micros), lambda micro, field: torch.ones(0), update=step)
+
+    def answered(self) -> list[str]:
+        names = {key: name for name, key in MEMBERS.items()}
+        return [names[sent[0]] for sent in self.thread.sent]
+
+
+def test_who_is_there_is_answered_without_waiting_for_a_slow_member_of_the_group() -> None:
+    server = Crossroads(early=True)
+    server.hear(0, *MEMBERS)
+    server.run(0)
+    server.hear(1, "three", "two")
+    with pytest.raises(PeerLost, match=r"one: is connected, but has sent nothing"):
+        server.run(1)
+    assert server.answered()[3:] == ["two", "three"] or server.answered()[3:] == ["three", "two"]
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_the_order_in_which_members_come_changes_no_bit(buffers: bool) -> None:
+    """With buffers, which each forward changes, members are taken in order."""
+    plain, server = Crossroads(early=False, buffers=buffers), Crossroads(early=True, buffers=buffers)
+    for step, order in enumerate((("one", "two", "three"), ("three", "one", "two"), ("two", "three", "one"))):
+        plain.hear(step, *MEMBERS)
+        plain.run(step)
+        server.hear(step, *order)
+        server.run(step)
+    assert_unchanged(server.segment, plain.segment.weights())
+    assert server.segment.take_score() == plain.segment.take_score()
+    assert plain.answered() == ["one", "two", "three"] * 3
+
+
+def test_without_early_gradients_members_are_taken_in_order() -> None:
+    server = Crossroads(early=False)
+    server.hear(0, "three", "two")
+    with pytest.raises(PeerLost, match="one: is connected"):
+        server.run(0)
+    assert server.answered() == []
+
+
+def test_members_whose_messages_share_a_lane_are_taken_in_order() -> None:
+    """Behind a server through which they all come, their micro-batches cannot overtake each other."""
+    chain = parse_graph(
+        """
+splitsec: 1
+name: chain
+parties:
+  one: {}
+  two: {}
+  server: {listen: "tcp://h:1", address: "tcp://h:1"}
+  far: {listen: "tcp://f:1", address: "tcp://f:1"}
+groups: {clinics: {members: [one, two], schedule: parallel}}
+segments: {stem: {at: clinics, data: x}, trunk: {at: server}, head: {at: far, loss: mse}}
+cuts: [{from: stem, to: trunk, shape: [2], dtype: float32}, {from: trunk, to: head, shape: [], dtype: float32}]
+labels: [{from: clinics, to: head, dtype: float32}]
+"""
+    )
+
+    def apart(party: str) -> bool:
+        streams = make_plan(chain, party).streams
+        return _apart([_Work(MicroBatch(k, k, 0, 4), streams[k].stages[0], k) for k in range(2)])
+
+    assert not apart("server")
+    assert not apart("far")
+    streams = make_plan(TOGETHER, "server").streams
+    assert _apart([_Work(MicroBatch(k, k, 0, 4), streams[k].stages[0], k) for k in range(3)])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from splitsec.errors import PeerMisbehaved
+from splitsec.errors import PartyFileError, PeerMisbehaved
 from splitsec.messages import Message, decode, encode
+from splitsec.partyfile import load_folder
 from splitsec.plan import Edge, Stage
-from splitsec.segments import Segment
+from splitsec.segments import Segment, build_segments
+from tests.conftest import write_folder
 
 
 def edge(index: int, *, local: bool = False) -> Edge:
@@ -216,3 +219,23 @@ def test_hostile_state_is_refused_and_changes_nothing(spoil: Callable[[Any, Any]
     assert taker.optimizer is not None and not taker.optimizer.state
     taker.take_over(*giver.hand_on())
     assert torch.equal(taker.weights()["weight"], giver.weights()["weight"])
+
+
+# --- modules that look at the whole batch
+
+
+def test_micro_batches_are_refused_where_a_segment_has_batch_statistics(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "graph")
+    (folder / "parties" / "models.py").write_text(
+        "from torch import nn\n\n\ndef stem(**given):\n    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))\n"
+    )
+    graph = folder / "graph.yaml"
+    loaded = load_folder(folder)
+    (party,) = [one for one in loaded.parties.values() if "stem" in one.segments][:1]
+    assert list(build_segments(loaded.graph, party)) == ["stem"]
+    graph.write_text(graph.read_text().replace("training: {", "training: {micro_batches: 4, "))
+    with pytest.raises(PartyFileError) as refused:
+        build_segments(load_folder(folder).graph, party)
+    assert "segment 'stem' has BatchNorm1d at 1, and the graph has `micro_batches: 4`" in str(refused.value)
+    assert f"{party.file}:{party.line_of('segments', 'stem', 'model')}" in str(refused.value)
+    assert "GroupNorm" in str(refused.value)

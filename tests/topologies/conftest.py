@@ -1,27 +1,22 @@
-"""Every simulation here starts its parties from a process that has torch loaded: ``warm``."""
+"""Every simulation here forks its parties from one warm process (``splitsec.nest``), so that dozens take minutes."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 
-from tests.topologies.warm import Nest
+from splitsec import simulation
+from splitsec.nest import Nest
 
 
 @pytest.fixture(scope="session")
 def nest() -> Iterator[Nest]:
-    with tempfile.TemporaryDirectory() as place:  # a short path: it is a socket's, too
-        nest = Nest(Path(place))
-        try:
-            yield nest
-        finally:
-            nest.close()
+    with Nest(["opacus.grad_sample"]) as nest:
+        yield nest
 
 
 @pytest.fixture(autouse=True)
 def warm(nest: Nest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(nest.launcher))
+    monkeypatch.setattr(simulation, "open_nest", lambda load=(): nullcontext(nest))

@@ -11,8 +11,6 @@ import base64
 import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -27,6 +25,7 @@ from safetensors.torch import load_file
 from splitsec.errors import GraphError, PartyFileError
 from splitsec.graph import Graph
 from splitsec.identity import public_of, public_text
+from splitsec.nest import Forked, Nest
 from splitsec.party import Job, Party
 from splitsec.partyfile import load_folder, load_party
 from splitsec.samples import epoch_order
@@ -35,7 +34,7 @@ from splitsec.simulation import simulate
 from splitsec.trace import SUFFIX
 from splitsec.transports.iothread import CloseCode
 from splitsec.turns import Secret
-from tests.conftest import PATIENCE, SOURCE, free_port, replaced
+from tests.conftest import PATIENCE, free_port, replaced
 
 CLINICS: Final = ("clinic-a", "clinic-b", "clinic-c")
 RELAYS: Final = ("relay-1", "relay-2")
@@ -203,8 +202,9 @@ def text(key: bytes) -> str:
     return base64.b64encode(key).decode()
 
 
-def train(folder: Path, out: Path) -> Ran:
+def train(folder: Path, out: Path, nest: Nest) -> Ran:
     """Train ``folder``, a process each, with keys made here, and wait for the end."""
+    assert nest.wait(PATIENCE)
     loaded = load_folder(folder)
     keys = {name: os.urandom(32) for name in (*loaded.graph.parties, "clinics")}
     listening = [name for name, party in loaded.graph.parties.items() if party.listen is not None]
@@ -217,25 +217,18 @@ def train(folder: Path, out: Path) -> Ran:
     traces.mkdir(parents=True)
     shared = {"graph": graph.model_dump(by_alias=True, mode="json"), "graph_file": str(folder / "graph.yaml")}
     job = {"action": "train", "out": str(out), "weights": None, "split": "train", "trace": str(traces), "state": None}
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Forked] = []
     said: queue.SimpleQueue[tuple[str, dict[str, Any] | None]] = queue.SimpleQueue()
 
-    def start(module: str, name: str, **more: Any) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE)},
-        )
+    def start(module: str, name: str, **more: Any) -> Forked:
+        process = nest.start([module, name], stderr=2, environment=os.environ)
         processes.append(process)
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps({**shared, "party": name, "key": text(keys[name]), **more}) + "\n")
+        process.stdin.write(json.dumps({**shared, "party": name, "key": text(keys[name]), **more}).encode() + b"\n")
         process.stdin.flush()
         threading.Thread(target=listen, args=(name, process.stdout), daemon=True).start()
         return process
 
-    def listen(name: str, lines: IO[str]) -> None:
+    def listen(name: str, lines: IO[bytes]) -> None:
         for line in lines:
             said.put((name, json.loads(line)))
         said.put((name, None))
@@ -244,6 +237,8 @@ def train(folder: Path, out: Path) -> Ran:
         """Take events until each of ``names`` has said ``last``."""
         while names:
             name, event = said.get(timeout=PATIENCE)
+            if event is None and name not in names:
+                continue  # it said its last word, and ended
             assert event is not None and event["event"] != "failed", (name, event, dict(events))
             events[name].append(event)
             if event["event"] == last:
@@ -261,8 +256,7 @@ def train(folder: Path, out: Path) -> Ran:
             parties[name] = start("splitsec.process", name, group_key=group_key, **more)
         follow(set(parties), "ready")
         for process in parties.values():
-            assert process.stdin is not None
-            process.stdin.write("go\n")
+            process.stdin.write(b"go\n")
             process.stdin.flush()
         follow(set(parties), "done")
         for process in parties.values():
@@ -271,9 +265,8 @@ def train(folder: Path, out: Path) -> Ran:
         for process in processes:
             process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+            process.stdin.close()
+            process.stdout.close()
     return Ran(graph, keys["clinics"], events, traces)
 
 
@@ -288,7 +281,9 @@ def assert_equal(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("around", [False, True], ids=["one far end", "around by way of two"])
-def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(around: bool, tmp_path: Path) -> None:
+def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(
+    around: bool, nest: Nest, tmp_path: Path
+) -> None:
     """The reference has clinics in the secret order of the epoch, and at each the samples that it took, so laid that
     the order of a known group, which follows from the seed, takes them alike.
     """
@@ -298,7 +293,7 @@ def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(arou
         graph = replaced(graph, *AUDITOR, ("ANONYMOUS", ", anonymous: true"), ("routes:\n", f"routes:\n{route}"))
         graph = replaced(graph, ("pseudonym: turn", "pseudonym: epoch"))
         known = replaced(known, *AUDITOR, ("ANONYMOUS", ""))
-    ran = train(write(tmp_path / "hidden", graph), tmp_path / "out")
+    ran = train(write(tmp_path / "hidden", graph), tmp_path / "out", nest)
     order = ran.secret.order(0)
     taken: dict[str, list[int]] = {}
     for stream, member in enumerate(order):
@@ -323,10 +318,10 @@ def test_what_a_hidden_group_trains_is_what_it_would_train_if_it_were_known(arou
 
 @pytest.mark.threat("T78", "T79", "T81")
 @pytest.mark.parametrize("pseudonym", ["turn", "epoch"])
-def test_the_server_meets_the_group_and_nobody_of_it(pseudonym: str, tmp_path: Path) -> None:
+def test_the_server_meets_the_group_and_nobody_of_it(pseudonym: str, nest: Nest, tmp_path: Path) -> None:
     """Two epochs: turns change, every turn (or epoch) has channels of its own, and all streams look alike."""
     graph = replaced(GRAPH, ("pseudonym: turn", f"pseudonym: {pseudonym}"), ("epochs: 1", "epochs: 2"))
-    ran = train(write(tmp_path / "hidden", graph), tmp_path / "out")
+    ran = train(write(tmp_path / "hidden", graph), tmp_path / "out", nest)
     for clinic in CLINICS[1:]:
         assert_equal(tmp_path / "out" / "clinic-a" / "stem.safetensors", tmp_path / "out" / clinic / "stem.safetensors")
 

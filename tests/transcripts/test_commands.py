@@ -40,6 +40,7 @@ A folder holds the graph file (graph.yaml, shared by all) and one party file for
 private):
 
   splitsec check FOLDER        is it right?  and a picture of it
+  splitsec plan FOLDER         what will it cost whom, and where else could it be cut?
   splitsec simulate FOLDER     train it here, one process for each party
   splitsec attack FOLDER ...   what would attackers get from it?
   splitsec keys new NAME       make a party's key
@@ -51,7 +52,19 @@ private):
   splitsec listen FILE         read the trace of a party's traffic
 """
     )
-    for command in ("check", "keys", "simulate", "predict", "join", "relay", "ledger", "journal", "listen", "attack"):
+    for command in (
+        "check",
+        "plan",
+        "keys",
+        "simulate",
+        "predict",
+        "join",
+        "relay",
+        "ledger",
+        "journal",
+        "listen",
+        "attack",
+    ):
         assert re.search(rf"^    {command} ", end.stdout, re.MULTILINE)
         assert shell.run(command, "--help").stdout.startswith(f"usage: splitsec {command} ")
 
@@ -385,3 +398,74 @@ def test_a_place_to_write_that_is_none(shell: Shell, folder: Path) -> None:
     assert "occupied" in end.stderr
     assert "fault of splitsec" not in end.stderr
     assert "connected" not in end.stderr
+
+
+def test_a_plan_that_cannot_be_made(shell: Shell) -> None:
+    """Without a folder or a network, with a network that is not there, and with a layer that it has not."""
+    assert (
+        transcript(shell, "plan", "plan --model vgg", "plan --model alexnet --cut conv9", "plan nowhere")
+        == """\
+$ splitsec plan
+splitsec: nothing to plan
+  expected: a FOLDER, or --model with vgg16, resnet18, resnet50 or alexnet, or --published
+  to do: try `splitsec plan examples/vanilla`, or `splitsec plan --model resnet18`
+[exit 2]
+$ splitsec plan --model vgg
+splitsec: no network `vgg` is built in
+  expected: one of vgg16, resnet18, resnet50, alexnet; or a FOLDER with modules of your own
+  to do: did you mean `vgg16`?
+[exit 2]
+$ splitsec plan --model alexnet --cut conv9
+splitsec: no layer `conv9` to cut after
+  expected: one of conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5, fc1, fc2
+  to do: did you mean `conv5` or `conv4` or `conv3`?
+[exit 2]
+$ splitsec plan nowhere
+splitsec: nowhere/graph.yaml: there is no such file
+  expected: a YAML file
+  to do: check the path
+[exit 2]
+"""
+    )
+
+
+def test_the_published_tables(shell: Shell) -> None:
+    """What the paper prints beside what formulas give, and which of its rows follow from none."""
+    end = shell.run("plan", "--published")
+    assert end.code == 0
+    assert [line.rstrip() for line in end.stdout.splitlines()] == PUBLISHED.splitlines()
+
+
+PUBLISHED = """\
+Vepakomma, Gupta, Swedish, Raskar 2018, Split learning for health (arXiv:1812.00564)
+computing of one client: VGG-16 on 32 x 32, cut after conv1
+┏━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━┓
+┃ method             ┃ clients ┃      printed ┃       formula ┃ off by ┃
+┡━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━┩
+│ split learning     │     100 │ 0.1548 TFLOP │  0.1547 TFLOP │ -0.04% │
+│ federated learning │     100 │   29.4 TFLOP │    29.4 TFLOP │ -0.01% │
+│ large-batch SGD    │     100 │   29.4 TFLOP │    29.4 TFLOP │ -0.01% │
+│ split learning     │     500 │   0.03 TFLOP │ 0.03095 TFLOP │ +3.16% │
+│ federated learning │     500 │   5.89 TFLOP │    5.88 TFLOP │ -0.18% │
+│ large-batch SGD    │     500 │   5.89 TFLOP │    5.88 TFLOP │ -0.18% │
+└────────────────────┴─────────┴──────────────┴───────────────┴────────┘
+The formula: multiply-accumulates, three for every use of a weight (forward, gradient of the input, gradient
+of the weight), times 50,000 samples over clients, times 58.3 epochs; the head is 4096-4096-1000.  `--count
+published` counts so.  The paper prints 0.03 with one digit.
+
+bytes of one client: ResNet on CIFAR-100; which, where cut, how many epochs: not said
+┏━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┓
+┃ method             ┃ clients ┃ printed ┃ formula, ResNet-50 cut after its stem ┃ so it would be ┃
+┡━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━┩
+│ large-batch SGD    │     100 │   13 GB │                       189.6 MB a step │     68.6 steps │
+│ large-batch SGD    │     500 │   14 GB │                       189.6 MB a step │     73.8 steps │
+│ federated learning │     100 │    3 GB │                      190.1 MB a round │    15.8 rounds │
+│ federated learning │     500 │  2.4 GB │                      190.1 MB a round │    12.6 rounds │
+│ split learning     │     100 │    6 GB │                     262.1 MB an epoch │    22.9 epochs │
+│ split learning     │     500 │  1.2 GB │                      52.4 MB an epoch │    22.9 epochs │
+└────────────────────┴─────────┴─────────┴───────────────────────────────────────┴────────────────┘
+Split learning's row follows from a formula: five times the clients, a fifth of each one's bytes.
+The other two follow from none: a round moves the weights once each way and a step the gradients, however
+many clients there are; rounds and steps would have to be as many as the last column says, and the table
+gives neither.
+"""

@@ -63,6 +63,7 @@ class Inbox:
         self.chunks: list[tuple[ChunkHeader, bytes]] = []
         self.grants: list[int] = []
         self.acknowledgements: list[int] = []
+        self.answers: list[int] = []
         self._memory = memoryview(b"")
 
     def claim(self, header: ChunkHeader) -> memoryview:
@@ -77,6 +78,9 @@ class Inbox:
 
     def acknowledged(self, total: int) -> None:
         self.acknowledgements.append(total)
+
+    def answered(self, number: int) -> None:
+        self.answers.append(number)
 
 
 class End:

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def stem() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2))
 
 
 def coarse() -> nn.Module:
@@ -14,7 +14,7 @@ def coarse() -> nn.Module:
 
 
 def fine() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 12))
+    return nn.Sequential(nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 12))
 
 
 def trunk() -> nn.Module:

@@ -10,11 +10,11 @@ def first() -> nn.Module:
 
 
 def second() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2))
+    return nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(), nn.AvgPool2d(2))
 
 
 def third() -> nn.Module:
-    return nn.Sequential(nn.Dropout2d(0.2), nn.Flatten(), nn.Linear(96, 12), nn.BatchNorm1d(12), nn.ReLU())
+    return nn.Sequential(nn.Dropout2d(0.2), nn.Flatten(), nn.Linear(96, 12), nn.GroupNorm(1, 12), nn.ReLU())
 
 
 def fourth() -> nn.Module:

@@ -6,14 +6,14 @@ from torch import nn
 
 
 def stem() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
 
 
 def trunk() -> nn.Module:
     return nn.Sequential(
         nn.MaxPool2d(2),
         nn.Conv2d(4, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
+        nn.GroupNorm(2, 6),
         nn.ReLU(),
         nn.Dropout2d(0.2),
         nn.Upsample(scale_factor=2),
