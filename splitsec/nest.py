@@ -286,12 +286,12 @@ class _Warm:
 
     def serve(self) -> None:
         """Until whoever asks is gone."""
-        lonely = len(os.listdir("/proc/self/task")) == 1
+        fit = len(os.listdir("/proc/self/task")) == 1 and _has_pidfds()
         gc.collect()
         gc.freeze()  # the collector would write to every page that is to stay shared
         give_free_memory_back()  # nothing free in the pages that are shared: whoever took it would copy them
-        self.say(ready=lonely)  # a fork takes one thread along, and what the others held stays held
-        while lonely:
+        self.say(ready=fit)  # a fork takes one thread along, and what the others held stays held
+        while fit:
             for key, _ in self.selector.select():
                 if key.fileobj is not self.line:
                     self.bury(key.fd)
@@ -328,9 +328,7 @@ class _Warm:
 
     def fork(self, wanted: dict[str, Any], streams: list[int]) -> None:
         warm = os.getpid()
-        signals = signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGINT]
-        )  # it would be lost in Python's own at-fork code
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Python's at-fork code would lose it
         try:
             pid = os.fork()
         except OSError as error:
@@ -345,6 +343,15 @@ class _Warm:
         self.children[ending] = pid
         self.selector.register(ending, selectors.EVENT_READ)
         self.say(forked=pid)
+
+
+def _has_pidfds() -> bool:
+    """Whether the kernel, or what stands before it, lets us have them."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 # --- what is forked
@@ -384,9 +391,11 @@ def _be(
         sys.orig_argv[:] = [sys.executable, "-m", *wanted["run"]]
         _rename(sys.orig_argv)
         _draw_afresh()
-        _compute_on(int(wanted["environment"].get("OMP_NUM_THREADS", "1")))
+        _compute_on(wanted["environment"].get("OMP_NUM_THREADS", ""))
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         code = import_module(sys.argv[0]).main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else FAILED if end.code else 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -411,9 +420,9 @@ def _draw_afresh() -> None:
     torch.default_generator.seed()
 
 
-def _compute_on(threads: int) -> None:
+def _compute_on(threads: str) -> None:
     """Give numpy's OpenBLAS, which read its settings when it was loaded, so many threads, as ``prepare`` torch."""
-    if threads == 1:
+    if not threads.isdecimal() or threads == "1":
         return
     for library in {
         line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "openblas" in line
@@ -425,7 +434,7 @@ def _compute_on(threads: int) -> None:
             "openblas_set_num_threads",
         ):
             with suppress(AttributeError, OSError):
-                ctypes.CDLL(library)[name](threads)
+                ctypes.CDLL(library)[name](int(threads))
 
 
 def _rename(command: Sequence[str]) -> None:

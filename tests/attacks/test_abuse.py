@@ -127,7 +127,7 @@ def test_every_case_that_applies_is_tried(outcome: Outcome) -> None:
     assert all(name in outcome.sentence for name in NOT_HELD)
 
 
-@pytest.mark.threat("T38", "T40", "T41", "T42", "T65", "T119", "T123", "T131", "T132")
+@pytest.mark.threat("T38", "T40", "T41", "T42", "T65", "T119", "T122", "T123", "T131", "T132")
 @pytest.mark.parametrize("name", HELD)
 def test_it_is_refused_and_the_operator_reads_why(name: str, found: dict[str, Case]) -> None:
     """Nothing leaves beyond a run in peace, and nobody's weights are others: else the judge says that, and not this."""
@@ -135,7 +135,7 @@ def test_it_is_refused_and_the_operator_reads_why(name: str, found: dict[str, Ca
     assert HELD[name] in found[name].seen
 
 
-@pytest.mark.threat("T119", "T122")
+@pytest.mark.threat("T119")
 @pytest.mark.parametrize("name", NOT_HELD)
 def test_what_gets_through_is_said_to_get_through(name: str, found: dict[str, Case]) -> None:
     assert not found[name].held

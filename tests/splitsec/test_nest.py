@@ -124,6 +124,11 @@ def test_how_it_ends(nest: Nest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         one.process.stdin.flush()
         assert one.process.wait(PATIENCE) == 1
         assert "ZeroDivisionError" in (tmp_path / "a" / "errors").read_text()
+    for said, code in (("3", 3), ("", 0), ("'a word'", 1)):
+        with guest(nest, tmp_path / "a", monkeypatch) as one:
+            one.process.stdin.write(f"sys.exit({said})\n".encode())
+            one.process.stdin.flush()
+            assert one.process.wait(PATIENCE) == code
 
 
 def test_its_number_is_nobody_elses_until_its_end_was_heard(
