@@ -110,7 +110,7 @@ def head():
 
 
 def stem():
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+    return nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(1, 8), nn.ReLU(), nn.Dropout(0.2))
 
 
 def trunk():
