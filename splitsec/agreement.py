@@ -279,14 +279,17 @@ class Gossip:
         """Wait until ``member`` has said so to us."""
         self._listen(lambda: (member, epoch) in self._given)
 
+    def say_done(self) -> None:
+        """Say that this party has made its last step."""
+        self._learn_done(self._party, self._party)
+
     def stay_until_all_are_done(self, outside: Collection[str] = (), *, patience: float | None = None) -> None:
-        """Say that this party is done, and return when every party has said so.
+        """Return when every party has said that it is done, as this one has.
 
         ``outside``: the parties to whom this one says the last word of its anonymous group.  ``patience``: seconds for
         which the others may still be at it, where nothing is left for them to do; raises ``PeerLost`` after it.
         """
         until = None if patience is None else time.monotonic() + patience
-        self._learn_done(self._party, self._party)
         if outside:
             self._listen(lambda: self._done >= self._inside)
             for party in sorted(outside):

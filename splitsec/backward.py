@@ -14,8 +14,9 @@ so its weights are asked for in the first act.
 
 Every number is the same where each weight's gradient is one term.  A weight reached by more than one edge (a module
 used twice, shared weights) gets several, added in an order that is autograd's own; nodes of the user's own may compute
-everything in one go, with side effects.  Such graphs go back at once.  And before a run relies on two acts, its first
-batch goes both ways, and every gradient is compared to the last bit.
+everything in one go, with side effects; hooks of weights may count how often they are called.  Such graphs go back at
+once.  And before a run relies on two acts, its first batch goes both ways, and every gradient is compared to the last
+bit, and every buffer, too: a module that computes its forward again on the way back may change them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-__all__ = ["Pass", "WayBack"]
+__all__ = ["Kept", "Pass", "WayBack"]
 
 _log = logging.getLogger("splitsec")
 
@@ -68,16 +70,44 @@ class _Branch:
             torch.autograd.backward(edges, given, inputs=self.weights, retain_graph=keep_graph)
 
 
+class Kept:
+    """What a pass through a module changes beside gradients: its buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [
+            (part, [(name, held, None if held is None else held.clone()) for name, held in part._buffers.items()])
+            for part in module.modules()
+            if part._buffers
+        ]
+
+    def now(self) -> list[torch.Tensor | None]:
+        """Copies of the buffers as they are now."""
+        held = [part._buffers[name] for part, buffers in self._buffers for name, _, _ in buffers]
+        return [None if one is None else one.clone() for one in held]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put the buffers back as they were, also those that were exchanged for others.
+
+        By way of ``.data``: a graph that has saved a buffer shall not take it for changed.
+        """
+        for part, buffers in self._buffers:
+            for name, held, before in buffers:
+                part._buffers[name] = held
+                if held is not None and before is not None:
+                    held.data.copy_(before)
+
+
 class WayBack:
-    """The backward passes of one segment.  ``weights``: all that may get gradients from them.
+    """The backward passes of one segment, whose ``module`` has all the weights that may get gradients from them.
 
     ``two_acts``: True, wherever they give what one pass gives; False, never; None, where a pass takes long enough for
     it to matter.  The gradients never depend on it.
     """
 
-    def __init__(self, name: str, weights: Sequence[torch.Tensor], *, two_acts: bool | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, *, two_acts: bool | None = None) -> None:
         self._name = name
-        self._weights = list(weights)
+        self._module = module
         self._two_acts = two_acts
         self._proven = False
         self._took: list[float] = []
@@ -108,7 +138,7 @@ class WayBack:
             self._took.append(time.perf_counter() - began)
             if len(self._took) == TRIALS:
                 self._two_acts = min(self._took) >= WORTH_IT
-        elif not self._two_acts or not inputs:
+        elif not self._two_acts or (not inputs and place <= self._next):
             self._at_once(way)
         elif not self._proven:
             if way.splits():
@@ -136,10 +166,14 @@ class WayBack:
             del self._owed[self._next]
             self._next += 1
 
-    def finish(self) -> None:
-        """Compute all of them, at the end of a step."""
+    def catch_up(self) -> None:
+        """Compute all of them that can be."""
         while self.owes:
             self.some_weights()
+
+    def finish(self) -> None:
+        """Compute all of them, at the end of a step."""
+        self.catch_up()
         assert not self._owed, "a pass that comes before these was not made"
         self.forget()
 
@@ -150,21 +184,29 @@ class WayBack:
 
     def _prove(self, way: Pass, caught: list[torch.Tensor | None]) -> None:
         """Go ``way`` in two acts, then at once, which is what counts.  Alike: from now on two acts; else never."""
-        before = [None if weight.grad is None else weight.grad.clone() for weight in self._weights]
+        weights = list(self._module.parameters())
+        before = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+        kept = Kept(self._module)
         two: list[torch.Tensor | None] = []
         why = "the gradients differ"
         try:
             way.inputs_first()
             way.all_weights(keep_graph=True)
-            two = [*caught, *(weight.grad for weight in self._weights)]
+            two = [*caught, *(weight.grad for weight in weights), *kept.now()]
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
         for place in range(len(caught)):
             caught[place] = None
-        for weight, gradient in zip(self._weights, before, strict=True):
+        for weight, gradient in zip(weights, before, strict=True):
             weight.grad = None if gradient is None else gradient.clone()
+        kept.put_back()
         self._at_once(way)
-        one = [*caught, *(weight.grad for weight in self._weights)]
+        gradients = [*caught, *(weight.grad for weight in weights)]
+        one = [*gradients, *kept.now()]
+        if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            return  # refused elsewhere, in its own words; it proves nothing
+        if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+            return  # zeros are alike whatever is done to them
         if len(one) == len(two) and all(_same(*pair) for pair in zip(one, two, strict=True)):
             self._proven = True
         else:
@@ -332,7 +374,7 @@ def _weights_below(
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return torch.equal(one, other) or bool(torch.isnan(one).any())  # NaN is refused later, in its own words
+    return torch.equal(one, other)
 
 
 def _variable(node: Any) -> torch.Tensor:
@@ -341,5 +383,5 @@ def _variable(node: Any) -> torch.Tensor:
 
 
 def _watched(weight: torch.Tensor) -> bool:
-    """Whether somebody is told when the weight's gradient was added."""
-    return bool(getattr(weight, "_post_accumulate_grad_hooks", None))
+    """Whether somebody is told of the weight's gradient, who may count how often."""
+    return bool(getattr(weight, "_post_accumulate_grad_hooks", None) or getattr(weight, "_backward_hooks", None))

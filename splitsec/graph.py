@@ -479,7 +479,13 @@ class Training(_Entry):
     batch_size: int = Field(
         default=64, ge=1, le=2**31 - 1, description="samples of one step; with `parallel` groups, of each member"
     )
-    micro_batches: int = Field(default=1, ge=1, le=4096, description="slices of a batch that are in flight together")
+    micro_batches: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="slices of a batch that are in flight together; dropout is drawn for each, and gradients add up as "
+        "in gradient accumulation",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="from which weights, order of samples and dropout follow")
     drop_last: bool = Field(default=False, description="leave out a last batch that is smaller than `batch_size`")
     decoys: int = Field(
@@ -1019,6 +1025,7 @@ def _check(graph: Graph) -> None:
             expected="version 1",
             fix="write `splitsec: 1`, or install a newer splitsec",
         )
+    _check_training(graph)
     _check_parties(graph)
     _check_groups(graph)
     _check_segments(graph)
@@ -1035,6 +1042,18 @@ def _check(graph: Graph) -> None:
     _check_anonymous(graph)
     graph._connections  # noqa: B018  raises where a pair can neither connect nor be led through others
     _check_hidden(graph)
+
+
+def _check_training(graph: Graph) -> None:
+    training = graph.training
+    if training.micro_batches > training.batch_size:
+        raise graph.error(
+            f"batches of {training.batch_size} in {training.micro_batches} micro-batches",
+            "training",
+            "micro_batches",
+            expected="at least one sample in each, and some 16 for it to pay",
+            fix=f"write {max(1, training.batch_size // 16)}, or a larger `batch_size`",
+        )
 
 
 def _check_parties(graph: Graph) -> None:

@@ -363,7 +363,7 @@ def _be(
     warm: int,
     kept: list[int],
     here: str | None,
-    signals: set[signal.Signals],
+    signals: set[int | signal.Signals],
 ) -> NoReturn:
     """Become what is ``wanted``, and run it to its end.
 

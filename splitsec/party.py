@@ -104,6 +104,7 @@ def run_party(
             party.connect(trace)
             party.agree()
             party.run()
+            party.gossip.say_done()  # before it writes anything: nobody's disk keeps the others waiting
             party.save()
             party.stay()
             party.sum_up()

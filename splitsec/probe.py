@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from splitsec.codecs import check_source
 from splitsec.demands import Demand, check_demands, demands_of
 from splitsec.errors import GraphError, PartyFileError, UnsafeSegment
-from splitsec.graph import CUSTOM, LOSSES, Graph
+from splitsec.graph import CUSTOM, EXACT, LOSSES, Graph
 from splitsec.messages import DTYPES, NAMES
 from splitsec.partyfile import Folder, PartyFile
 from splitsec.plan import Edge, Plan, Stage, make_plan
@@ -188,9 +189,20 @@ def _check_stage(graph: Graph, party_file: PartyFile, stage: Stage, segment: Seg
                 f"shape {list(output.shape)} with the batch, {str(output.dtype).removeprefix('torch.')}",
                 fix=f"write `shape: {found[0]}, dtype: {found[1]}` there, or change the module",
             )
+        if edge.codec == EXACT and output.is_floating_point():
+            _check_end(stage, segment, inputs, edge)
     if stage.labels is not None and segment.loss is not None:
         _check_loss(graph, stage, segment, produced, rows)
     return produced
+
+
+def _check_end(stage: Stage, segment: Segment, inputs: list[torch.Tensor], edge: Edge) -> None:
+    """Whether what leaves over ``edge`` is made by a ReLU, which only a forward with gradients shows."""
+    if not any(weight.requires_grad for weight in segment.module.parameters()):
+        return
+    with torch.enable_grad(), user_code(f"segment {stage.segment!r}"):
+        produced = segment.module(*join_inputs(stage.join, [tensor.detach() for tensor in inputs]))
+    check_source(edge, output_of(stage.segment, produced, edge))
 
 
 def _check_loss(graph: Graph, stage: Stage, segment: Segment, produced: Any, rows: int) -> None:

@@ -195,7 +195,7 @@ def _party(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
 
     def tell(event: dict[str, Any]) -> None:
         report(event)
-        if event["event"] == "turn over" and takes_turns:
+        if takes_turns and event["event"] in ("agreed", "turn over"):
             give_free_memory_back()  # it sleeps through the others' turns, and there may be a hundred of them
         if event["event"] in pauses:
             may_go_on.acquire()

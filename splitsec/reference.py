@@ -242,6 +242,7 @@ _WORDS: Final[tuple[tuple[Any, str], ...]] = (
     (graph.OpenShape, "shape"),
     (partyfile.FunctionName, "`module:function`"),
     (partyfile.Arguments, "mapping"),
+    (partyfile.EarlyGradient, "`true`, `false` or `auto`"),
     (bool, "`true` or `false`"),
     (int, "whole number"),
     (float, "float"),

@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
-from splitsec.backward import WayBack
+from splitsec.backward import Kept, WayBack
 from splitsec.codecs import check_source
 from splitsec.errors import PartyFileError, PeerMisbehaved, UnsafeSegment
 from splitsec.graph import CUSTOM, LOSSES, Graph
@@ -115,26 +115,6 @@ class _InFlight:
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
-class _Kept:
-    """What a forward while training changes beside gradients: the buffers of a module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = [
-            (part, [(name, held, None if held is None else held.clone()) for name, held in part._buffers.items()])
-            for part in module.modules()
-            if part._buffers
-        ]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Put the buffers back as they were, also those that were exchanged for others."""
-        for part, buffers in self._buffers:
-            for name, held, before in buffers:
-                part._buffers[name] = held
-                if held is not None and before is not None:
-                    held.copy_(before)
-
-
 class Segment:
     """One module with its optimiser.  Forward and backward each go through the micro-batches of a step in order.
 
@@ -158,7 +138,7 @@ class Segment:
         self.module = module
         two_acts = False if private is not None else early_gradient  # opacus computes as the whole pass goes by
         self._has_buffers = next(module.buffers(), None) is not None
-        self.way_back = WayBack(name, list(module.parameters()), two_acts=two_acts)
+        self.way_back = WayBack(name, module, two_acts=two_acts)
         self.nopeek = nopeek
         self.private = private
         self._step_rows = 0
@@ -168,7 +148,7 @@ class Segment:
         self.seed = seed
         self.score = Score()
         self._of_step: dict[int, tuple[float, int | None, int]] = {}
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         self._in_flight: dict[int, _InFlight] = {}
 
     # --- one micro-batch
@@ -193,6 +173,8 @@ class Segment:
         """
         training = update is not None
         self.module.train(training)
+        if self._has_buffers:
+            self.way_back.catch_up()  # what a forward writes into may be needed on the way back of the one before
         with torch.set_grad_enabled(training):
             leaves = [tensor.detach() for tensor in inputs]
             flight = _InFlight([None] * len(stage.inputs))
@@ -275,7 +257,7 @@ class Segment:
 
         Buffers; what a module keeps elsewhere is not put back, as it is not handed on.
         """
-        self._kept = _Kept(self.module)
+        self._kept = Kept(self.module)
 
     def forget(self) -> None:
         """Be as if the step that ``hold`` began had not been: no gradients, no score, and buffers as they were."""

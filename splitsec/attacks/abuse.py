@@ -782,6 +782,7 @@ def _abuse(assignment: dict[str, Any], report: Callable[[dict[str, Any]], None])
             party.connect()
             party.agree()
             party.run()
+            party.gossip.say_done()
             party.stay()
             while party.liar.silent:  # alive, until the parent has seen enough
                 party.guard.wait()

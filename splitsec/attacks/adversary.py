@@ -105,6 +105,7 @@ def _attack(assignment: dict[str, Any], report: Told) -> None:
         party.connect()
         party.agree()
         party.run()
+        party.gossip.say_done()
         party.save()
         party.stay()
         party.sum_up()

@@ -1,8 +1,8 @@
 """``splitsec bench clients``: a simulation of many clients in turn, beside one of a few: its memory, and a step's time.
 
-Here: one folder for any number of clients (a ``round_robin`` group and a server, the network of examples/vanilla,
-made-up images), runs of each size in turn, and the memory of all their processes together as the kernel counts it (PSS:
-a page that several share is divided among them).  The processes are those of ``simulate``.  Linux only: /proc.
+Here: runs of each size in turn, and the memory of all their processes together as the kernel counts it (PSS: a page
+that several share is divided among them).  The processes are those of ``simulate``.  Linux only: /proc.  Not here: what
+is trained (``crowd``).
 
 A client's step is what its own turns took, divided by their steps.  A turn is that at the server, from the end of one
 turn to the end of the next: with the weights handed on and what a client needs to come out of its sleep.
@@ -23,15 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import nn
+from splitsec.bench.crowd import BATCH, BATCHES, write
 
-__all__ = ["Report", "Run", "add_arguments", "bench_clients", "memory_of", "run", "samples", "stem", "trunk", "write"]
+__all__ = ["Memory", "Report", "Run", "add_arguments", "bench_clients", "memory_of", "run", "weigh"]
 
 MEMBERS: Final = (5, 100)
-BATCH: Final = 50
-BATCHES: Final = 16
-"""Training batches of a turn."""
 TURNS: Final = 100
 """Training turns that are timed in a run, at least; those of the first epoch are not."""
 ROUNDS: Final = 3
@@ -52,6 +48,8 @@ class Run:
     step_ms: float
     turn_ms: float
     """Of a turn, divided by its steps."""
+    cpu_ms: float
+    """Processor time of all processes but the one that measures, by step: also that of those who wait."""
     peak_bytes: int
     """All processes together, at the most."""
     clients_bytes: int
@@ -80,7 +78,7 @@ class Report:
         return [one for one in self.runs if one.members == members]
 
     def ratio(self, what: str) -> float | None:
-        """The largest size over the smallest, of ``step_ms`` or ``turn_ms``: the median of the rounds' own ratios."""
+        """The largest size over the smallest, of a field of ``Run``: the median of the rounds' own ratios."""
         sizes = sorted({one.members for one in self.runs})
         if len(sizes) < 2:
             return None
@@ -103,6 +101,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The document that ``--json`` prints."""
+        import torch
+
         return {
             "bench": "clients",
             "cores": os.cpu_count(),
@@ -115,6 +115,7 @@ class Report:
             "runs": [asdict(one) for one in self.runs],
             "step_ratio": self.ratio("step_ms"),
             "turn_ratio": self.ratio("turn_ms"),
+            "cpu_ratio": self.ratio("cpu_ms"),
             "verdicts": self.verdicts,
         }
 
@@ -147,13 +148,20 @@ def measure(members: int, *, batches: int, epochs: int) -> Run:
 
     steps: list[float] = []
     whole: list[float] = []
+    worked = 0.0
+    began: float | None = None
 
     with tempfile.TemporaryDirectory(prefix="splitsec-bench-") as place, _Scales() as scales:
         folder = write(Path(place), members, batches=batches, epochs=epochs)
 
         def watch(party: str, event: dict[str, Any]) -> None:
+            nonlocal worked, began
             if event["event"] == "turn":
                 scales.rest = event["epoch"] > 0 and event["phase"] == "train"
+                if scales.rest and began is None:
+                    began = processor_seconds()
+                elif not scales.rest and began is not None:
+                    worked, began = worked + processor_seconds() - began, None
             if event["event"] == "turn over" and event["phase"] == "train" and event["epoch"] > 0:
                 (whole if party == "server" else steps).append(1000 * event["seconds"] / batches)
 
@@ -165,6 +173,7 @@ def measure(members: int, *, batches: int, epochs: int) -> Run:
         startup_seconds=round(result.startup_seconds, 2),
         step_ms=round(statistics.median(steps), 3),
         turn_ms=round(statistics.median(whole), 3),
+        cpu_ms=round(1000 * worked / (len(whole) * batches), 3),
         peak_bytes=sum(one.shared for _, one in scales.heaviest),
         clients_bytes=int(statistics.median(one.shared for one in clients)),
         private_bytes=int(statistics.median(one.private for one in clients)),
@@ -197,25 +206,49 @@ def memory_of(pid: int) -> Memory | None:
 
 def weigh() -> list[tuple[str, Memory]]:
     """This process (named ``""``) and all that come of it, each by the last word of its command line."""
+    found = []
+    for pid in _family():
+        memory, name = memory_of(pid), _name(pid)
+        if memory is not None and name is not None:
+            found.append((name if pid != os.getpid() else "", memory))
+    return found
+
+
+def processor_seconds() -> float:
+    """What all that came of this process, and still runs, has computed so far."""
+    ticks = 0
+    for pid in _family():
+        if pid != os.getpid() and (numbers := _stat(pid)) is not None:
+            ticks += int(numbers[11]) + int(numbers[12])  # utime, stime of proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family() -> list[int]:
+    """Process ids: this one, and all that came of it."""
     children: dict[int, list[int]] = {}
     for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                parent = int((place / "stat").read_text().rpartition(") ")[2].split()[1])
-            except OSError:
-                continue  # it ended meanwhile
-            children.setdefault(parent, []).append(int(place.name))
-    found = []
-    waiting = [os.getpid()]
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        if (memory := memory_of(pid)) is not None:
-            words = (
-                Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0") if pid != os.getpid() else [b""]
-            )
-            found.append((words[-1].decode(), memory))
+        if place.name.isdecimal() and (numbers := _stat(int(place.name))) is not None:
+            children.setdefault(int(numbers[1]), []).append(int(place.name))
+    found = [os.getpid()]
+    for pid in found:
+        found += children.get(pid, [])
     return found
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The numbers of /proc/PID/stat from the third on; None where the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+
+
+def _name(pid: int) -> str | None:
+    """The last word of its command line; None where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")[-1].decode()
+    except OSError:
+        return None
 
 
 class _Scales:
@@ -244,91 +277,6 @@ class _Scales:
             total = sum(memory.shared for _, memory in found)
             if total > self._most:
                 self._most, self.heaviest = total, found
-
-
-# --- what is trained
-
-
-def stem() -> nn.Module:
-    """Images ``[n, 1, 28, 28]`` to activations ``[n, 32, 7, 7]``."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-    )
-
-
-def trunk() -> nn.Module:
-    """Activations ``[n, 32, 7, 7]`` to scores ``[n, 10]``."""
-    return nn.Sequential(
-        nn.Conv2d(32, 64, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.3),
-        nn.Linear(64 * 7 * 7, 128),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Linear(128, 10),
-    )
-
-
-def samples(site: int, batches: int) -> dict[str, torch.Tensor]:
-    """Ten patterns under noise, and which it is: ``batches`` full batches of them."""
-    patterns = torch.rand(10, 1, 28, 28, generator=torch.Generator().manual_seed(10))
-    generator = torch.Generator().manual_seed(site)
-    count = batches * BATCH
-    y = torch.randint(10, (count,), generator=generator)
-    return {"x": (patterns[y] + torch.rand(count, 1, 28, 28, generator=generator)) / 2, "y": y}
-
-
-def test(site: int, batches: int) -> dict[str, torch.Tensor]:
-    """One batch to evaluate with."""
-    return samples(10_000 + site, 1)
-
-
-def write(folder: Path, members: int, *, batches: int = BATCHES, epochs: int = 2) -> Path:
-    """A folder as ``simulate`` takes it, in ``folder``: so many clients in turn, and a server."""
-    names = [f"client-{number:03}" for number in range(members)]
-    graph = {
-        "splitsec": 1,
-        "name": "bench-clients",
-        "parties": {
-            **{name: {} for name in names},
-            "server": {"listen": "tcp://127.0.0.1:7400", "address": "tcp://127.0.0.1:7400"},
-        },
-        "groups": {"clients": {"members": names, "schedule": "round_robin"}},
-        "segments": {"stem": {"at": "clients", "data": "x"}, "trunk": {"at": "server", "loss": "cross_entropy"}},
-        "cuts": [{"from": "stem", "to": "trunk", "shape": [32, 7, 7], "dtype": "float32"}],
-        "labels": [{"from": "clients", "to": "trunk"}],
-        "training": {"epochs": epochs, "batch_size": BATCH, "seed": 7},
-        "timeouts": {"connect": 300},
-    }
-    optimizer = {"name": "adam", "lr": 0.001}
-    (folder / "parties").mkdir()
-    (folder / "graph.yaml").write_text(json.dumps(graph))  # JSON is YAML
-    for site, name in enumerate(names):
-        party: dict[str, Any] = {
-            "party": name,
-            "segments": {"stem": {"model": "splitsec.bench.clients:stem", "optimizer": optimizer}},
-            "data": {
-                "train": "splitsec.bench.clients:samples",
-                "test": "splitsec.bench.clients:test",
-                "args": {"site": site, "batches": batches},
-            },
-            "threads": 1,
-            "detectors": False,  # they look more often the more epochs a client sees, and here few see more than many
-        }
-        (folder / "parties" / f"{name}.yaml").write_text(json.dumps(party))
-    server = {
-        "party": "server",
-        "segments": {"trunk": {"model": "splitsec.bench.clients:trunk", "optimizer": optimizer}},
-        "threads": 1,
-    }
-    (folder / "parties" / "server.yaml").write_text(json.dumps(server))
-    return folder
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -374,25 +322,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(report.verdicts.values()) else 1
 
 
+COLUMNS: Final[Sequence[tuple[str, str, float, int]]] = (
+    ("start, s", "startup_seconds", 1, 1),
+    ("step, ms", "step_ms", 1, 2),
+    ("turn, ms", "turn_ms", 1, 2),
+    ("cpu, ms", "cpu_ms", 1, 2),
+    ("in all, GB", "peak_bytes", 1e9, 2),
+    ("a client, MB", "clients_bytes", 1e6, 1),
+    ("its own, MB", "private_bytes", 1e6, 1),
+    ("server, MB", "server_bytes", 1e6, 0),
+    ("parent, MB", "parent_bytes", 1e6, 0),
+)
+"""Of the table: title, field of a run, unit, digits."""
+
+
 def _lines(report: Report) -> Iterator[str]:
     how = "forked from one warm process" if report.forked else "each process started anew"
     yield f"clients in turn, batches of {report.batch}, {report.batches} to a turn; {how}; medians of the runs"
-    yield ""
-    yield "clients   start   step, ms   turn, ms   in all, GB   a client, MB   its own, MB   server, MB   parent, MB"
+    yield "clients" + "".join(f"{title:>14}" for title, *_ in COLUMNS)
     for members in sorted({one.members for one in report.runs}):
-        runs = report.of(members)
-
-        def middle(what: str, runs: list[Run] = runs) -> float:
-            return float(statistics.median(getattr(one, what) for one in runs))
-
-        yield (
-            f"{members:7} {middle('startup_seconds'):6.1f}s {middle('step_ms'):10.2f} {middle('turn_ms'):10.2f} "
-            f"{max(one.peak_bytes for one in runs) / 1e9:12.2f} {middle('clients_bytes') / 1e6:14.1f} "
-            f"{middle('private_bytes') / 1e6:13.1f} {middle('server_bytes') / 1e6:12.0f} "
-            f"{middle('parent_bytes') / 1e6:12.0f}"
-        )
-    if (step := report.ratio("step_ms")) is not None and (turn := report.ratio("turn_ms")) is not None:
-        yield f"\nmany over few: a step {step:.3f}, a step with its share of the turn {turn:.3f}"
+        middle = [
+            f"{statistics.median(getattr(one, name) for one in report.of(members)) / unit:14.{digits}f}"
+            for _, name, unit, digits in COLUMNS
+        ]
+        yield f"{members:7}" + "".join(middle)
+    ratios = [(what, report.ratio(f"{what}_ms")) for what in ("step", "turn", "cpu")]
+    if all(ratio is not None for _, ratio in ratios):
+        yield "many over few: " + ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios)
     for text, met in report.verdicts.items():
         yield f"{'yes' if met else 'NO':4}{text}"
 

@@ -1,18 +1,23 @@
 """A process whose records are not encrypted: what a step costs without, for the ratio of the two.
 
 Here: copying in place of AES-256-GCM, in this process and from now on.  Not an option of anything: it exists so that
-``splitsec bench step`` can measure what encryption costs.  Handshakes and everything else stay as they are; a peer that
-encrypts cannot read a word of it, so that it is no way to turn encryption off for one side of a channel.
+``splitsec bench step`` can measure what encryption costs, and refuses in any process that this command did not start.
+Handshakes and everything else stay as they are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Final
 
+from splitsec.errors import UserError
 from splitsec.transports import record
 from splitsec.transports.limits import TAG_SIZE
 
-__all__ = ["stop_encrypting"]
+__all__ = ["MEASURING", "stop_encrypting"]
+
+MEASURING: Final = "SPLITSEC_BENCH_PLAINTEXT"
+"""Environment variable that ``splitsec bench step`` sets for its own processes: the process id of the command."""
 
 
 class _Copy:
@@ -29,6 +34,25 @@ class _Copy:
 
 
 def stop_encrypting() -> None:
-    """Seal and open records by copying them, in sessions that begin from now on."""
+    """Seal and open records by copying them, in sessions that begin from now on.  Raises ``UserError`` elsewhere."""
+    if os.environ.get(MEASURING) not in _ancestors():
+        raise UserError(
+            "a party without encryption",
+            expected="a measurement of `splitsec bench step`, which alone starts such parties",
+            fix="remove `plaintext` from the party file",
+        )
     record._cipher = lambda key: _Copy()  # type: ignore[assignment, return-value]
     record._next = lambda cipher: cipher
+
+
+def _ancestors() -> list[str]:
+    """The process ids of whoever started this process, and so on (Linux; elsewhere of the next one alone)."""
+    found, pid = [], os.getppid()
+    while pid > 1:
+        found.append(str(pid))
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            break
+    return found

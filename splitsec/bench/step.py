@@ -203,8 +203,10 @@ def bench_step(
     tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator[FigureResult]:
     """Measure ``figures``, group by group; yields results as they come.  ``rounds`` are counted, one more warms up."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from splitsec.bench.plaintext import MEASURING
     from splitsec.process import prepare
+
+    os.environ |= {"OMP_NUM_THREADS": str(threads), MEASURING: str(os.getpid())}
 
     prepare(threads)
     for name in dict.fromkeys(figure.group for figure in figures):

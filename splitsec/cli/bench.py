@@ -28,6 +28,7 @@ ratios, not milliseconds: machines differ and are shared.
   splitsec bench step          a training step over two encrypted processes, against the same step in one process
   splitsec bench channel       round trips of the encrypted channel, beside plain pyzmq, CURVE, gRPC and ssl
   splitsec bench circuit       the same channel through 0 to 3 relays: time, bytes, and what one more relay costs
+  splitsec bench clients       a hundred simulated clients in turn: memory of all, a step's time beside that of five
 
   splitsec bench privacy       what noise, ledger and journal cost a step
   splitsec bench epsilon       accuracy against epsilon; `bench nopeek`: against a decoder's error
@@ -82,6 +83,7 @@ machine, so all of them share its cores.  Takes about three minutes; the machine
 """
 
 MORE = {
+    "clients": "a hundred simulated clients in turn: memory of all, and a step's time beside that of five",
     "privacy": "what noise, ledger and journal cost a step",
     "epsilon": "accuracy against epsilon for a Gaussian cut, on real images",
     "nopeek": "what NoPeek does to a decoder that inverts activations, and to accuracy",

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splitsec.bench import clients
-from splitsec.bench.clients import Memory, Report, Run, weigh, write
+from splitsec.bench.clients import Memory, Report, Run, weigh
+from splitsec.bench.crowd import write
 from splitsec.simulation import simulate
 
 MEMBERS = 12
@@ -48,7 +51,7 @@ def test_a_client_that_waits_for_its_turn_weighs_little(tmp_path: Path, capsys: 
 
 
 def run(members: int, step_ms: float, turn_ms: float, peak: int) -> Run:
-    return Run(members, 1.0, step_ms, turn_ms, peak, 20 * MB, 18 * MB, 250 * MB, 180 * MB, 30 * MB)
+    return Run(members, 1.0, step_ms, turn_ms, 2 * step_ms, peak, 20 * MB, 18 * MB, 250 * MB, 180 * MB, 30 * MB)
 
 
 def test_the_report_compares_rounds_with_themselves() -> None:
@@ -70,8 +73,35 @@ def test_the_report_compares_rounds_with_themselves() -> None:
     assert report.ratio("turn_ms") == pytest.approx(1.2)
     assert list(report.verdicts.values()) == [True, True, False]
     told = json.loads(json.dumps(report.as_json()))
-    assert told["step_ratio"] == pytest.approx(1.05) and len(told["runs"]) == 6
+    assert told["step_ratio"] == told["cpu_ratio"] == pytest.approx(1.05) and len(told["runs"]) == 6
     assert told["runs"][1]["private_bytes"] == 18 * MB
+
+
+def test_memory_and_processor_time_are_those_of_all_that_came_of_us() -> None:
+    """A process that holds 64 MB and computes, and its child that does the same."""
+    work = (
+        "import os, sys, time\n"
+        "held = bytearray(os.urandom(64_000_000))\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    held = bytearray(held)\n"
+        "while time.process_time() < 0.5:\n"
+        "    pass\n"
+        "print('here', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    before = clients.processor_seconds()
+    with subprocess.Popen(
+        [sys.executable, "-c", work, "its-name"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as one:
+        assert one.stdout is not None
+        assert [one.stdout.readline(), one.stdout.readline()] == [b"here\n", b"here\n"]
+        found = [memory for name, memory in weigh() if name == "its-name"]
+        worked = clients.processor_seconds() - before
+    assert len(found) == 2
+    # the first 64 MB are the parent's alone by now, or still shared by both: either way counted once
+    assert 128 * MB <= sum(one.shared for one in found) < 170 * MB
+    assert 0.9 < worked < 3
 
 
 def test_one_size_alone_has_no_ratio() -> None:

@@ -226,6 +226,7 @@ def talk(net: Net, name: str, *, first: str, last: str) -> tuple[list[dict[str, 
             gossip.begin_turn(10 * epoch, guard.on_call)
             guard.part(guard.on_call if epoch == 0 else ())
         gossip.hear_the_group(10 * epoch)
+    gossip.say_done()
     gossip.stay_until_all_are_done(guard.on_call if name == last else ())
     guard.close()
     return counts, drawn
@@ -293,6 +294,7 @@ def test_a_group_is_answered_once_it_has_spoken_itself() -> None:
     says("server", "clinics")
     says("server", "server")
     net.events["auditor"].put(Closed(key_of("nobody"), None, CloseCode.NORMAL))
+    gossip.say_done()
     with pytest.raises(KeyError, match="nobody"):
         gossip.stay_until_all_are_done()
     assert net.inward == []

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from splitsec.backward import TRIALS, Pass, WayBack
 from splitsec.bench.networks import NETWORKS
+from splitsec.plan import Edge, Stage
+from splitsec.segments import Segment
 
 
 class Caught(torch.autograd.Function):
@@ -165,7 +168,7 @@ def test_two_acts_give_what_one_pass_gives(name: str) -> None:
     build, sample = CHAINS[name]
     module, batches = build(), [sample() for _ in range(4)]
     expected = passes(module, batches, None)
-    way = WayBack(name, list(module.parameters()), two_acts=True)
+    way = WayBack(name, module, two_acts=True)
     for _ in range(2):  # the first batch of the first goes both ways
         found = passes(module, batches, way)
         assert same(expected[0], found[0])
@@ -177,7 +180,7 @@ def test_the_first_act_leaves_the_weights_alone_and_the_second_does_the_rest(nam
     torch.manual_seed(2)
     build, sample = CHAINS[name]
     module, batch = build(), sample()
-    way = WayBack(name, list(module.parameters()), two_acts=True)
+    way = WayBack(name, module, two_acts=True)
     passes(module, [batch], way)
     inputs, weights = passes(module, [batch], way, late=False)
     assert inputs[0] is not None
@@ -196,7 +199,7 @@ def test_where_a_weight_has_several_edges_or_a_function_is_the_users_it_goes_at_
     caught: list[torch.Tensor | None] = [None]
     one = Pass([module(Caught.apply(leaf, caught, 0)).sum()], [leaf])  # type: ignore[no-untyped-call]
     assert not one.splits()
-    way = WayBack("x", list(module.parameters()), two_acts=True)
+    way = WayBack("x", module, two_acts=True)
     batches = [torch.randn(5, 4) for _ in range(3)]
     expected = passes(module, batches, None)
     found = passes(module, batches, way, late=False)
@@ -222,7 +225,7 @@ def test_a_pass_at_once_comes_after_what_is_owed() -> None:
 
     module = Sometimes()
     batches = [torch.randn(5, 4) for _ in range(6)]
-    way = WayBack("x", list(module.parameters()), two_acts=True)
+    way = WayBack("x", module, two_acts=True)
     passes(module, batches, way)
     expected, found = passes(module, batches, None), passes(module, batches, way)
     assert same(expected[1], found[1])
@@ -244,7 +247,7 @@ def test_a_segment_that_gives_other_numbers_in_two_acts_says_so_once_and_goes_at
             weight.grad += 1e-7
 
     monkeypatch.setattr(Pass, "all_weights", wrong)
-    way = WayBack("trunk", list(module.parameters()), two_acts=True)
+    way = WayBack("trunk", module, two_acts=True)
     with caplog.at_level(logging.WARNING, "splitsec"):
         found = passes(module, batches, way, late=False)
     assert not way.owes
@@ -263,7 +266,7 @@ def test_where_nothing_is_asked_for_short_passes_go_at_once_and_long_ones_in_two
     for worth_it, owes in ((0.0, True), (60.0, False)):
         monkeypatch.setattr("splitsec.backward.WORTH_IT", worth_it)
         module = build()
-        way = WayBack("x", list(module.parameters()))
+        way = WayBack("x", module)
         batches = [sample() for _ in range(TRIALS + 2)]
         expected = passes(module, batches, None)
         found = passes(module, batches, way, late=False)
@@ -291,7 +294,7 @@ def test_passes_in_any_order_add_their_terms_in_one(name: str) -> None:
 
     build, sample = CHAINS.get(name, (Whole, image))
     module, batches = build(), [sample() for _ in range(5)]
-    way = WayBack(name, list(module.parameters()), two_acts=True)
+    way = WayBack(name, module, two_acts=True)
     passes(module, batches[:2], way)
     assert way.any_order
     caught: list[list[torch.Tensor | None]] = [[None] for _ in batches]
@@ -318,9 +321,95 @@ def test_what_is_owed_can_be_forgotten() -> None:
     torch.manual_seed(7)
     build, sample = CHAINS["small cnn"]
     module, batch = build(), sample()
-    way = WayBack("x", list(module.parameters()), two_acts=True)
+    way = WayBack("x", module, two_acts=True)
     passes(module, [batch], way)
     passes(module, [batch], way, late=False)
     way.forget()
     assert not way.owes
     assert all(weight.grad is None for weight in module.parameters())
+
+
+class Scaled(nn.Module):
+    """A buffer that each forward writes into is saved on the way to a weight."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.scale.mul_(0.9).add_(0.1 * x.abs().mean())
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def test_a_forward_that_writes_into_a_buffer_comes_after_what_is_owed() -> None:
+    torch.manual_seed(9)
+    found = []
+    for early in (False, True):
+        torch.manual_seed(10)
+        module = Scaled()
+        segment = Segment("stem", module, torch.optim.SGD(module.parameters(), lr=0.1), early_gradient=early)
+        edges = [Edge(n, "a", "b", "here", "there", (4,), "float32", 16, 17) for n in range(2)]
+        work = Stage("stem", (edges[0],), (edges[1],), None, None, "concat", 1.0)
+        for update in range(3):
+            batches = [torch.randn(5, 4, generator=torch.Generator().manual_seed(5 * update + n)) for n in range(3)]
+            segment.forward(work, [batches[0]], None, micro=0, update=update, share=0.5)
+            segment.backward(work, {edges[1]: batches[2]}, micro=0, place=0)
+            segment.forward(work, [batches[1]], None, micro=1, update=update, share=0.5)
+            segment.backward(work, {edges[1]: batches[2]}, micro=1, place=1)
+            segment.step()
+        assert segment.way_back.any_order is early
+        assert not segment.any_order
+        found.append(segment.weights())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_module_that_goes_forward_again_on_the_way_back_goes_at_once() -> None:
+    """Its buffers would change with every act."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
+            return made
+
+    found = []
+    for two_acts in (None, True):
+        torch.manual_seed(11)
+        module = Checkpointed()
+        way = None if two_acts is None else WayBack("x", module, two_acts=True)
+        for step in range(3):
+            passes(module, [torch.randn(5, 4, generator=torch.Generator().manual_seed(step))], way)
+        assert way is None or not way.any_order
+        found.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_hooks_of_weights_are_called_as_often_as_in_one_pass() -> None:
+    torch.manual_seed(12)
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    called: list[int] = []
+    module[0].weight.register_hook(lambda gradient: called.append(1))
+    passes(module, [torch.randn(5, 4) for _ in range(3)], WayBack("x", module, two_acts=True))
+    assert len(called) == 3
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.inf])
+def test_gradients_that_are_all_zero_or_not_finite_prove_nothing(factor: float) -> None:
+    torch.manual_seed(13)
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    way = WayBack("x", module, two_acts=True)
+    leaf, caught = torch.randn(5, 4).requires_grad_(), [None]
+    ends = [module(Caught.apply(leaf, caught, 0)).sum() * factor]  # type: ignore[no-untyped-call]
+    way.go(ends, [leaf], caught)  # type: ignore[arg-type]
+    way.finish()
+    assert not way.any_order
+    passes(module, [torch.randn(5, 4)], way)
+    assert way.any_order

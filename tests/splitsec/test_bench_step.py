@@ -76,3 +76,19 @@ def test_weights_that_differ_are_found(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(step._OneProcess, "__init__", other)
     assert main(["bench", "step", "--json", "--rounds", "1"]) == 1
     assert json.loads(capsys.readouterr().out)["figures"][0]["equal"] is False
+
+
+def test_no_party_but_its_own_stops_encrypting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from splitsec.bench import networks, plaintext
+    from splitsec.errors import UserError
+    from splitsec.transports import record
+
+    cipher = record._cipher
+    for set_to in (None, "1", "999999999"):
+        monkeypatch.delenv(plaintext.MEASURING, raising=False)
+        if set_to is not None:
+            monkeypatch.setenv(plaintext.MEASURING, set_to)
+        if set_to != "1":
+            with pytest.raises(UserError, match="a party without encryption"):
+                networks.client("mlp", plaintext=True)
+    assert record._cipher is cipher

@@ -273,6 +273,19 @@ ODD_BITS: Final = (0x80000000, 0x00000001, 0x80000001, 0x7F800000, 0x7FC00001, 0
 """-0.0, the smallest numbers, infinity, two that are no numbers, 1, the largest."""
 
 
+def test_a_single_row_cut_out_of_a_wider_tensor_arrives() -> None:
+    """Its strides speak of memory that is not sent."""
+    tensor = torch.relu(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)))[:, :64]
+    assert tensor.stride() == (128, 1)
+    coded = codecs.to_nonzero(tensor, codecs.places_of(tensor), mask=True)
+    assert coded.facts["strides"] == [128, 1]
+    back, _ = codecs.from_nonzero(coded, (64,), 8, torch.float32, None)
+    assert torch.equal(back, tensor)
+    for strides in ([1, 1, 1], [1 << 40, 1], [-1, 1], [1, 2]):
+        with pytest.raises(codecs.BadWire, match="strides"):
+            codecs.from_nonzero(coded._replace(facts={"rows": 1, "strides": strides}), (64,), 8, torch.float32, None)
+
+
 def test_every_bit_of_what_is_no_zero_arrives() -> None:
     odd = np.array(ODD_BITS * 4 + (0,) * 480, dtype=np.uint32).view(np.float32)
     tensor = torch.from_numpy(odd[np.random.default_rng(5).permutation(512)]).view(8, 4, 16)

@@ -176,6 +176,8 @@ def test_everything_is_frozen(folder: Path) -> None:
 MISTAKES = {
     "unknown key": ("clinic-a", "threads: 1", "thread: 1",
         6, "unknown key `thread`", "`threads`", "did you mean `threads`"),
+    "early gradient": ("clinic-a", "threads: 1", "early_gradient: maybe",
+        6, "`early_gradient` is maybe", "`true`, `false` or `auto`", "choose one"),
     "unknown key of a segment": ("clinic-a", "args: {width", "arg: {width",
         4, "unknown key `arg` in `segments.stem`", "", "`args`"),
     "no party": ("clinic-a", "party: clinic-a\n", "", 1, "`party` is missing", "name in the graph", "add `party"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from splitsec.errors import GraphError, PartyFileError, SamplesError
+from splitsec.errors import GraphError, PartyFileError, SamplesError, UnsafeSegment
 from splitsec.partyfile import load_folder
 from splitsec.probe import probe
 from tests.conftest import change, write_folder
@@ -180,3 +180,25 @@ def test_what_user_code_prints_is_not_on_standard_output(folder: Path, capfd: py
     seen = capfd.readouterr()
     assert seen.out == ""
     assert "from Python" in seen.err and "from below" in seen.err
+
+
+@pytest.mark.parametrize(
+    ("stem", "right"),
+    [
+        ("torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU())", True),
+        ("torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Sigmoid())", False),
+    ],
+)
+def test_a_cut_that_leaves_out_zeros_behind_something_else_than_a_relu(folder: Path, stem: str, right: bool) -> None:
+    """Also where nothing is negative."""
+    model(folder, stem)
+    graph = folder / "graph.yaml"
+    graph.write_text(
+        graph.read_text().replace("shape: [8], dtype: float32", "shape: [8], dtype: float32, codec: nonzero")
+    )
+    assert "nonzero" in graph.read_text()
+    if right:
+        checked(folder)
+    else:
+        with pytest.raises(UnsafeSegment, match="is not the output of a ReLU: it was made by Sigmoid"):
+            checked(folder)
