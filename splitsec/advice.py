@@ -324,6 +324,8 @@ def _reasons(
     else:
         said.append(f"Micro-batches would gain less than {1 - WORTH:.0%}.")
     if chosen.micro_batches != now:
+        if chosen.micro_batches > 1:
+            said.append("Micro-batches train like gradient accumulation: dropout, say, is drawn for each of them.")
         said.append(f"In the graph file: `training: {{micro_batches: {chosen.micro_batches}}}`; now it is {now}.")
     return said
 

@@ -177,7 +177,8 @@ def main() -> int:
     """Read the command line, run what is not in the results yet, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0] if __doc__ else None,
-        epilog="Takes about two hours for all of it on two cores; --batches 200 gives a first impression in a quarter.",
+        epilog="Takes about two hours for all of it on two cores, 15 minutes of them for cancer; "
+        "--batches 200 gives a first impression.",
     )
     parser.add_argument("--data", choices=sorted(ATTACKS), action="append", help="which folder; both without it")
     parser.add_argument("--attacks", help="names with commas between; without it, all that look at a cut")
