@@ -91,7 +91,7 @@ GROUPS: Final[dict[str, Group]] = {
     "mlp": Group("mlp", {"one": ONE, "lock-step": LOCK}),
     "cnn": Group("cnn-small", {"one": ONE, "lock-step": LOCK, "plaintext": Way(plaintext=True), "early": EARLY}),
     "resnet": Group(
-        "resnet18-layer1", {"one": ONE, "lock-step": LOCK, "plaintext": Way(plaintext=True), "early": EARLY}, steps=3
+        "resnet18-layer1", {"one": ONE, "lock-step": LOCK, "plaintext": Way(plaintext=True), "early": EARLY}, steps=6
     ),
     "micro": Group(
         "resnet18-layer2-gn",
@@ -100,7 +100,7 @@ GROUPS: Final[dict[str, Group]] = {
             "one, 4 micro-batches": Way(one=True, micro_batches=4),
             "4 micro-batches": Way(micro_batches=4, early=True),
         },
-        steps=3,
+        steps=6,
     ),
     "clients": Group(
         "cnn-small", {"one": ONE, "two clients": Way(clients=2, early=True), "two, lock-step": Way(clients=2)}
@@ -156,11 +156,45 @@ FIGURES: Final = (
         0.65,
         0.60,
     ),
-    Figure("wide-resnet", "the same, ResNet-18", "wide resnet", "8 micro-batches", ("lock-step",), 0.50, 0.45),
-    Figure("wide-cnn-bf16", "with bfloat16, small CNN", "wide cnn", "8, bfloat16", ("lock-step",), 0.42, 0.37),
-    Figure("wide-resnet-bf16", "with bfloat16, ResNet-18", "wide resnet", "8, bfloat16", ("lock-step",), 0.33, 0.28),
-    Figure("formula-cnn", "lock-step / formula, small CNN", "wide cnn", "lock-step", (FORMULA,), 1.10, 1.03),
-    Figure("formula-resnet", "lock-step / formula, ResNet-18", "wide resnet", "lock-step", (FORMULA,), 1.10, 1.03),
+    Figure(
+        "wide-resnet",
+        "100 Mbit/s, 25 ms: 8 micro-batches / lock-step, ResNet-18",
+        "wide resnet",
+        "8 micro-batches",
+        ("lock-step",),
+        0.50,
+        0.45,
+    ),
+    Figure(
+        "wide-cnn-bf16",
+        "the same line, 8 micro-batches in bfloat16 / lock-step, small CNN",
+        "wide cnn",
+        "8, bfloat16",
+        ("lock-step",),
+        0.42,
+        0.37,
+    ),
+    Figure(
+        "wide-resnet-bf16",
+        "the same line, 8 micro-batches in bfloat16 / lock-step, ResNet-18",
+        "wide resnet",
+        "8, bfloat16",
+        ("lock-step",),
+        0.33,
+        0.28,
+    ),
+    Figure(
+        "formula-cnn", "the same line, lock-step / formula, small CNN", "wide cnn", "lock-step", (FORMULA,), 1.10, 1.03
+    ),
+    Figure(
+        "formula-resnet",
+        "the same line, lock-step / formula, ResNet-18",
+        "wide resnet",
+        "lock-step",
+        (FORMULA,),
+        1.10,
+        1.03,
+    ),
     Figure(
         "zeros", "bytes at a cut without its zeros / with", "zeros", "without zeros", ("plain",), 0.56, 0.52, "bytes"
     ),

@@ -37,6 +37,7 @@ ratios, not milliseconds: machines differ and are shared.
   splitsec bench linking       what a server that records everything guesses of who speaks, and what a relay does
 
   splitsec bench step --figure early --rounds 9 --threads 1
+  splitsec bench clients --members 5,100 --rounds 3
   splitsec bench channel --quick --sizes 1KiB,4MiB --transports tcp --rounds 9 --tensors 20
   splitsec bench channel --json
   splitsec bench circuit --relays 0,3 --sizes 4MiB --circuits 0

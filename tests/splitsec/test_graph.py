@@ -270,7 +270,7 @@ MISTAKES = {
     "version": (VANILLA, [("splitsec: 1", "splitsec: 2")], 1, "version 2", "version 1", "`splitsec: 1`"),
     "no version": (VANILLA, [("splitsec: 1\n", "")], 1,
         "`splitsec` is missing", "version of the file format", "add `splitsec"),
-    "more micro-batches than samples": (VANILLA, [("batch_size: 64, micro_batches: 4", "batch_size: 8, micro_batches: 9")],
+    "more micro-batches than samples": (VANILLA, [("size: 64, micro_batches: 4", "size: 8, micro_batches: 9")],
         17, "batches of 8 in 9 micro-batches", "at least one sample in each", "write 1"),
     "unknown key": (VANILLA, [("training:", "trainings:")], 17,
         "unknown key `trainings`", "`training`", "did you mean `training`"),
