@@ -179,11 +179,12 @@ def test_prediction_goes_through_the_members_one_after_the_other(schedule: str) 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[Graph, list[dict[str, int]], Turn]:
     members = draw(st.integers(1, 4))
+    batch_size = draw(st.integers(1, 20))
     graph = graph_of(
         members,
         "parallel",
-        batch_size=draw(st.integers(1, 20)),
-        micro_batches=draw(st.integers(1, 6)),
+        batch_size=batch_size,
+        micro_batches=draw(st.integers(1, min(6, batch_size))),
         drop_last=draw(st.booleans()),
     )
     counts = [{split: draw(st.integers(0, 70)) for split in ("train", "test", "predict")} for _ in range(graph.streams)]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from splitsec.errors import PartyFailed
+from splitsec.errors import PartyFailed, UnsafeSegment
 from splitsec.journal import read as read_journal
 from splitsec.simulation import predict, simulate
 from splitsec.trace import SUFFIX
@@ -175,9 +175,16 @@ def test_codecs_that_round_change_a_training_a_little_and_both_runs_alike(
 
 
 @pytest.mark.parametrize("end", ["nn.ReLU(), nn.AvgPool2d(1)", "nn.LeakyReLU()", "nn.ReLU6()", "nn.Softplus()"])
-def test_a_segment_without_a_relu_at_its_end_sends_nothing(end: str, tmp_path: Path) -> None:
+def test_a_segment_without_a_relu_at_its_end_sends_nothing(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = prepared(Zeros, tmp_path / "graph", sgd)
     change(folder / "parties" / "models.py", ("nn.ReLU(inplace=True)", end))
+    with pytest.raises(
+        UnsafeSegment, match="segment 'stem' returns for its cut to 'middle' is not the output of a ReLU"
+    ):
+        simulate(folder)  # before anything is started
+    monkeypatch.setattr("splitsec.simulation._check", lambda folder: None)
     with pytest.raises(PartyFailed) as failed:
         simulate(folder, trace=tmp_path / "traces")
     assert (failed.value.party, failed.value.kind, failed.value.exit_code) == ("clinic", "UnsafeSegment", 3)
