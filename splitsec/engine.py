@@ -128,33 +128,33 @@ class _Line:
 
     def __init__(self, segment: Segment, work: list[_Work], *, training: bool) -> None:
         self.segment = segment
-        self.work = work
         self._free = training and _apart(work)
+        self._to_forward = list(work)
+        self._to_return = list(work)
         self._forwarded: set[int] = set()
-        self._returned: set[int] = set()
 
     @property
     def all_forwarded(self) -> bool:
-        return len(self._forwarded) == len(self.work)
+        return not self._to_forward
 
     @property
     def all_returned(self) -> bool:
-        return len(self._returned) == len(self.work)
+        return not self._to_return
 
     def next_forwards(self) -> list[_Work]:
         """What may go forward next, if its inputs are there."""
-        return self._heads([work for work in self.work if work.place not in self._forwarded])
+        return self._heads(self._to_forward)
 
     def next_backwards(self) -> list[_Work]:
         """What may go backward next, if its gradients are there."""
-        heads = self._heads([work for work in self.work if work.place not in self._returned])
-        return [work for work in heads if work.place in self._forwarded]
+        return [work for work in self._heads(self._to_return) if work.place in self._forwarded]
 
     def went_forward(self, work: _Work) -> None:
+        self._to_forward.remove(work)
         self._forwarded.add(work.place)
 
     def went_back(self, work: _Work) -> None:
-        self._returned.add(work.place)
+        self._to_return.remove(work)
 
     def _heads(self, left: list[_Work]) -> list[_Work]:
         if len(left) > 1 and self._free and self.segment.any_order:
