@@ -313,7 +313,13 @@ class Gossip:
                     expected="every party's last word once the last step is over",
                     fix="what was trained here is kept; look at that party's log",
                 )
-            self._guard.wait(on=self._heard, timeout=left)
+            self._guard.wait(on=self._needed(), timeout=left)
+
+    def _needed(self) -> tuple[str, ...]:
+        """Without whom there is no going on: once only the group's own last word is missing, whoever else knows it
+        has nothing to wait for, and may leave before it comes to us.
+        """
+        return (self._crowd,) if self._crowd and self._everyone - self._done == {self._crowd} else self._heard
 
     def _hear(self, facts: Mapping[str, Any], said_by: str) -> None:
         from_outside = bool(self._inside) and said_by not in self._inside

@@ -344,7 +344,6 @@ def _strides(given: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         case [*strides] if (
             len(strides) == len(shape)
             and all(type(one) is int and 0 <= one < 2**40 for one in strides)
-            and all(0 < one <= size for one, extent in zip(strides, shape, strict=True) if extent > 1)
             and stored(shape, strides) == size
         ):
             return tuple(strides)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from splitsec.agreement import Gossip, agree_on_order, in_common
-from splitsec.errors import PeerMisbehaved
+from splitsec.errors import PeerLost, PeerMisbehaved
 from splitsec.graph import Graph, parse_graph
 from splitsec.guard import Guard
 from splitsec.messages import Message, decode, encode
@@ -305,6 +305,36 @@ def test_a_group_is_answered_once_it_has_spoken_itself() -> None:
     assert answers == ["auditor", "server"]
 
 
+def test_whoever_heard_the_group_first_may_leave_before_the_others_hear_it() -> None:
+    """Its last word travels to each far end by a way of its own, and the ends tell each other faster."""
+    net = Net(parse_graph(LINKED))
+    net.speaker["server"] = "clinic-c"
+    guard = net.guard("server")
+
+    def says(speaker: str, party: str) -> None:
+        header, _ = encode(Message("control", facts={"say": "done", "party": party}))
+        net.events["server"].put(Received(key_of(speaker), CONTROL, header, memoryview(bytearray())))
+
+    gossip = Gossip(net.graph, "server", guard, guard.plan.neighbours)
+    gossip.say_done()
+    says("auditor", "auditor")
+    says("auditor", "clinics")
+    net.events["server"].put(Closed(key_of("auditor"), None, CloseCode.NORMAL))
+    says("clinics", "clinics")
+    gossip.stay_until_all_are_done()
+    assert [facts["party"] for _, _, facts in net.inward] == ["auditor", "server"]
+
+
+def test_whoever_leaves_before_it_has_said_its_last_word_is_named() -> None:
+    net = Net(parse_graph(LINKED))
+    guard = net.guard("server")
+    gossip = Gossip(net.graph, "server", guard, guard.plan.neighbours)
+    gossip.say_done()
+    net.events["server"].put(Closed(key_of("auditor"), None, CloseCode.NORMAL))
+    with pytest.raises(PeerLost, match="^auditor: left before the run was over"):
+        gossip.stay_until_all_are_done()
+
+
 COUNTS = {"say": "counts", "stream": 1, "train": 7, "test": 4, "predict": 0}
 
 
@@ -333,3 +363,16 @@ def test_what_neither_a_group_nor_those_outside_may_say(listener: str, speaker: 
     net.events[listener].put(Received(key_of(speaker), CONTROL, header, memoryview(bytearray())))
     with pytest.raises(PeerMisbehaved, match=f"{speaker}: said something unknown on the control lane"):
         gossip.agree_on_counts({})
+
+
+@pytest.mark.threat("T122")
+def test_who_has_made_the_last_step_does_not_wait_for_ever_for_a_last_word() -> None:
+    net = Net(parse_graph(LINKED))
+    net.speaker["auditor"] = "clinic-c"
+    guard = net.guard("auditor")
+    gossip = Gossip(net.graph, "auditor", guard, guard.plan.neighbours)
+    gossip.say_done()
+    with pytest.raises(
+        PeerLost, match=r"^(clinics|server): is connected, but has not said that it is done \(clinics, server\)"
+    ):
+        gossip.stay_until_all_are_done(patience=0.0)
