@@ -512,19 +512,13 @@ class _Line:
         self.known: _State | None = None  # whose line it is
         self.pending: Frame | None = None  # a frame that the port did not take yet
         self.held: int | None = None  # bytes that may wait below us, as far as the port was told
-        self.buffer = bytearray()
+        self.buffer: bytearray | None = None  # in which it may lie
         self.block: bytearray | None = None  # that the last cell lies in
         self.forget_at = _FOREVER  # over, and kept only until its goodbye has left
 
     @property
     def machine(self) -> Session | Channel:
         return self.session if self.channel is None else self.channel
-
-    def lend(self, size: int) -> memoryview:
-        """Memory for one frame; the same each time."""
-        if len(self.buffer) < size:
-            self.buffer = bytearray(size if size < FRAME_MAX // 8 else FRAME_MAX)
-        return memoryview(self.buffer)[:size]
 
 
 @final
@@ -673,7 +667,10 @@ class _Driver:
         self._most = {key: circuits.most(key, peers.values()) for key in self._linked}
         self._ends: dict[_Circuit, None] = {}  # circuits that begin or end here, in order
         self._memory = Memory()
+        self._buffer = bytearray()  # where the next frame is sealed
         self._soon: dict[_Line, None] = {}  # links that were given cells
+        self._stirred: dict[_Line, None] = {}  # lines that may have something to send, in order
+        self._all_stirred = True  # something happened that is no message: any of them may
         self._transports: dict[str, base.Transport] = {}
         self._ports: dict[base.Port, _State | None] = {}  # None: the port that listens
         self._lines: dict[tuple[object, Hashable], _Line] = {}  # by path
@@ -886,6 +883,7 @@ class _Driver:
                     elif not state.ended:
                         state.owed += message.left
                         state.channel.send(message)
+                        self._stir(state)
                 case _Taken(peer, size):
                     self._taken(peer, size)
                 case _OpenPeer(peer):
@@ -908,11 +906,18 @@ class _Driver:
         waiting = self._untaken.get(peer)
         if waiting is None:
             self._states[peer].channel.taken(size)
+            self._stir(self._states[peer])
             return
         while size > 0 and waiting:
             state, taken = waiting.popleft()
             state.channel.taken(taken)
+            self._stir(state)
             size -= taken
+
+    def _stir(self, state: _State) -> None:
+        """The state's channel may have something to send."""
+        if state.line is not None:
+            self._stirred[state.line] = None
 
     def _drain(self, port: base.Port) -> bool:
         """Take what came in at one port, up to a burst; True where there may be more."""
@@ -950,14 +955,19 @@ class _Driver:
         return True
 
     def _tick(self) -> None:
-        """Do what is due, and find out when something is due next."""
+        """Do what is due, and find out when something is due next.  Whoever did more than to send or take messages said
+        that this is due at 0: then all lines are looked at.
+        """
         now = self._now
         for port in list(self._ports):
             port.tick(now)
         for line in list(self._lines.values()):
-            for event in line.machine.tick(now):
-                assert isinstance(event, Ended)
-                self._over(line, event.error, event.code)
+            due = line.machine.deadline()
+            if due is not None and now >= due:
+                self._stirred[line] = None
+                for event in line.machine.tick(now):
+                    assert isinstance(event, Ended)
+                    self._over(line, event.error, event.code)
             if now >= line.forget_at:
                 self._forget(line)
         for end in list(self._ends):
@@ -974,6 +984,8 @@ class _Driver:
             elif now >= state.redial_at:
                 state.redial_at = _FOREVER
                 self._dial(state)
+        if not self._wake_at:
+            self._all_stirred = True
         self._wake_at = min(self._due(), self._close_by)
 
     def _due(self) -> float:
@@ -990,15 +1002,22 @@ class _Driver:
         return due
 
     def _pump_all(self) -> bool:
-        """Hand over frames that can go now; True where there are more, or a port wants to be looked at again."""
+        """Hand over frames that can go now; True where there are more, or a port wants to be looked at again.
+
+        A server has a line to each of hundreds of clients, of whom one or two are at work: only those are asked.
+        """
         for end in self._ends:
             self._nudge(end)
+        every = self._all_stirred or self._closing is not None
+        lines = list(self._lines.values() if every else {**self._stirred, **self._soon})
         self._soon.clear()
+        self._stirred.clear()
+        self._all_stirred = False
         busy = False
-        for line in list(self._lines.values()):
-            if line.port is not None:
+        for line in lines:
+            if line.port is not None and self._lines.get(self._path(line)) is line:
                 busy |= self._pump(line, line.port)
-        return busy
+        return busy or bool(self._soon)
 
     def _pump(self, line: _Line, port: base.Port) -> bool:
         """Frames of one line, until there are no more, the port takes no more, or there is something else to do.
@@ -1013,20 +1032,31 @@ class _Driver:
                     self._forget(line)
                 return count > 0 and port.look_after_send
             if not port.send(line.connection, frame):
-                line.pending = frame
+                if line.pending is None:
+                    line.pending = frame
+                    line.buffer, self._buffer = self._buffer, bytearray()
+                self._stirred[line] = None
                 return port.look_after_send
+            if line.buffer is not None:
+                self._buffer, line.buffer = max(self._buffer, line.buffer, key=len), None
             line.pending = None
             if commands:  # a small message is not to wait for a large one
-                return True
+                break
+        self._stirred[line] = None
         return True
 
-    @staticmethod
-    def _next_frame(line: _Line, port: base.Port) -> Frame | None:
+    def _lend(self, size: int) -> memoryview:
+        """Memory for one frame, of whichever line: the same each time, until a port leaves a frame in it."""
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size if size < FRAME_MAX // 8 else FRAME_MAX)
+        return memoryview(self._buffer)[:size]
+
+    def _next_frame(self, line: _Line, port: base.Port) -> Frame | None:
         """What goes next on a line of a port."""
         channel = line.channel
         if channel is None:
-            return line.session.next_frame(line.lend)
-        frame = channel.next_frame(line.lend, time.monotonic())
+            return line.session.next_frame(self._lend)
+        frame = channel.next_frame(self._lend, time.monotonic())
         meter = channel.meter
         if meter is not None and (unsent := meter.unsent) is not None and unsent != line.held:
             line.held = unsent
@@ -1233,6 +1263,7 @@ class _Driver:
 
     def _arrived(self, line: _Line, frame: memoryview) -> None:
         channel = line.channel
+        self._stirred[line] = None
         try:
             events = line.machine.receive(frame, self._now)
         except (PeerMisbehaved, Restarted) as fault:
@@ -1424,6 +1455,8 @@ class _Driver:
                 beyond = self._legs.get(other)
                 if other is not leg and other.owes_credit and beyond is not None and beyond.link.is_open:
                     beyond.link.channel.carry_cells(beyond.source)
+                    if beyond.link.line is not None:
+                        self._soon[beyond.link.line] = None
         return cell
 
     def _pulled(self, line: _Line, lend: Lend) -> tuple[Frame, bool] | None:

@@ -242,11 +242,14 @@ class _SocketPort(Port):
                     self._current = None
                     return event
             turns -= 1
+            if link is not None:
+                self._lay_down(link)
             link = self._current = self._next_link() if turns else None
             if link is None:
                 return None
             if link.over:
                 continue
+            self._pick_up(link)
             room = link.stream.room()
             try:
                 count = link.socket.recv_into(room)
@@ -327,6 +330,12 @@ class _SocketPort(Port):
     @abstractmethod
     def _poll(self) -> None:
         """Ask the selector; whoever is readable goes to the end of ``_ready``."""
+
+    def _lay_down(self, link: _Link) -> None:
+        """All that was read of the link has been told.  A port with one link has no other to give its buffer to."""
+
+    def _pick_up(self, link: _Link) -> None:
+        """The link is about to be read."""
 
     @abstractmethod
     def _opened(self, link: _Link) -> Event | None:
@@ -432,6 +441,7 @@ class _ListeningPort(_SocketPort):
         self._strangers: dict[Hashable, _Link] = {}  # the oldest first
         self._hosts: dict[Hashable, object] = {}  # where each of them comes from
         self._strangers_max = min(STRANGERS_CONNECTED_MAX, max(8, _descriptors_allowed() // 4))
+        self._spare = bytearray()  # what the link that was read last read into
         self._accept_at: float | None = None
         self._selector.register(listener, selectors.EVENT_READ, None)
 
@@ -439,6 +449,14 @@ class _ListeningPort(_SocketPort):
         super().trust(connection)
         self._strangers.pop(connection, None)
         self._hosts.pop(connection, None)
+
+    def _lay_down(self, link: _Link) -> None:
+        if link.connection not in self._strangers and (buffer := link.stream.rest()) is not None:
+            self._spare = max(self._spare, buffer, key=len)
+
+    def _pick_up(self, link: _Link) -> None:
+        if self._spare and link.connection not in self._strangers and link.stream.wake(self._spare):
+            self._spare = bytearray()
 
     def deadline(self) -> float | None:
         due = self._accept_at

@@ -175,6 +175,12 @@ class _WebPort(_SocketPort):
     def _new_stream(self) -> WebStream:
         """For a connection that is there now."""
 
+    def _lay_down(self, link: _Link) -> None:
+        """What is read lies in the protocol's own memory, and stays there."""
+
+    def _pick_up(self, link: _Link) -> None:
+        """As above."""
+
     def send(self, connection: Hashable, frame: bytes | bytearray | memoryview) -> bool:
         link = self._links.get(connection)
         if link is None or link.deaf:

@@ -149,6 +149,25 @@ class Stream:
         """So many bytes were put where ``room`` said."""
         self._end += count
 
+    def rest(self) -> bytearray | None:
+        """Give the buffer away, if all that was received has been used: for whoever has many streams, few of them at
+        work.  Their last frame is the caller's no more.
+        """
+        if self._start < self._end:
+            return None
+        buffer, self._buffer = self._buffer, bytearray()
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        return buffer
+
+    def wake(self, buffer: bytearray) -> bool:
+        """Read into ``buffer`` from here on; False where there is one already."""
+        if self._buffer:
+            return False
+        self._buffer = buffer
+        self._view = memoryview(buffer)
+        return True
+
     def trust(self, frame_max: int = FRAME_MAX, read_bytes: int = READ_BYTES) -> None:
         """The peer has proved who it is: new limits, and none on the whole."""
         self._frame_max = frame_max

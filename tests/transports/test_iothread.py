@@ -132,6 +132,60 @@ def test_no_message_of_a_conversation_waits_for_a_timer(
     assert longest < 3.0
 
 
+def meet_all(party: Make, count: int) -> tuple[Party, list[Party]]:
+    """A listener, and so many who have dialed it."""
+    hub, others = party(1), [party(number) for number in range(2, 2 + count)]
+    start = party.start  # type: ignore[attr-defined]
+    start(hub, [hub.peer(other) for other in others], listen=ANY, lost_after=60.0)
+    for other in others:
+        start(other, [other.peer(hub, dial=hub.io.endpoint)], lost_after=60.0)
+    for other in others:
+        assert other.next() == Opened(hub.key)
+        assert isinstance(hub.next(), Opened)
+    return hub, others
+
+
+def exchange(hub: Party, other: Party, body: bytes) -> None:
+    """A message there, the same back."""
+    other.io.send(hub.key, 1, b"h", [body])
+    event = hub.next()
+    assert isinstance(event, Received)
+    hub.io.send(other.key, 1, event.header, [event.body])
+    assert isinstance(other.next(), Received)
+
+
+def test_who_is_silent_costs_a_listener_nothing(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, (first, *others) = meet_all(party, 12)
+    driver = hub.io._driver
+    asked: Counter[bytes] = Counter()
+    pump = driver._pump
+
+    def counted(line: iothread._Line, port: object) -> bool:
+        asked[line.known.peer.key if line.known is not None else b""] += 1
+        return pump(line, port)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(driver, "_pump", counted)
+    for _ in range(100):
+        exchange(hub, first, bytes(1000))
+    assert asked[first.key] >= 100
+    assert sum(asked[other.key] for other in others) <= 2 * len(others), "at a tick or two, not at each message"
+    for other in others:  # and none of them was forgotten
+        exchange(hub, other, bytes(1000))
+
+
+def test_who_is_silent_keeps_no_buffer_of_a_listener(party: Make) -> None:
+    hub, others = meet_all(party, 12)
+    for _ in range(2):
+        for other in others:
+            exchange(hub, other, bytes(300_000))
+    driver = hub.io._driver
+    (port,) = driver._ports
+    reading = [len(link.stream._buffer) for link in port._links.values()]  # type: ignore[attr-defined]
+    sealing = [len(driver._buffer), *(len(line.buffer or b"") for line in driver._lines.values())]
+    assert max(sealing) >= 300_000
+    assert sum(reading) + sum(sealing) <= 3 * FRAME_MAX
+
+
 def test_send_waits_while_too_much_is_queued(party: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window stops the wire, the outbox bound stops ``send``, and taking events sets both going again."""
     monkeypatch.setattr(iothread, "OUTBOX_BYTES", 4 << 20)

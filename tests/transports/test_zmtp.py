@@ -362,3 +362,23 @@ def test_one_buffer_serves_all_frames() -> None:
     feed(stream, (b"\0\5hello" * 5 + frame_header(100_000) + bytes(100_000)) * 5)
     assert stream._buffer is buffer
     assert len(buffer) <= FRAME_MAX + HEADER_SIZE_MAX
+
+
+def test_a_stream_that_rests_gives_its_buffer_away_and_loses_nothing() -> None:
+    stream, other = opened(), opened()
+    assert feed(stream, frame_header(1000) + bytes(1000)) == [bytes(1000)]
+    begun = frame_header(1000) + b"x" * 400
+    assert feed(stream, begun) == []
+    assert stream.rest() is None, "half a frame is in it"
+    assert feed(stream, b"x" * 600) == [b"x" * 1000]
+    buffer = stream.rest()
+    assert buffer is not None
+    assert len(buffer) == READ_BYTES
+    assert other.rest() is not None
+    assert other.wake(buffer)
+    assert not other.wake(bytearray(10))
+    assert feed(other, begun) == []
+    assert other._buffer is buffer
+    assert feed(stream, begun) == []  # with a new one
+    assert feed(other, b"y" * 600) == [b"x" * 400 + b"y" * 600]
+    assert feed(stream, b"z" * 600) == [b"x" * 400 + b"z" * 600]
