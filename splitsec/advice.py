@@ -27,6 +27,8 @@ MOST: Final = 16
 """Micro-batches that are tried."""
 WORTH: Final = 0.98
 """A schedule with more parts is chosen only where it takes less than this share of the simpler one's time."""
+DOMINATES: Final = 0.5
+"""Of a step's time: where a line is busy for longer than this share, it is said."""
 STEPS: Final = 4
 """Played through one after another; the first is not counted."""
 
@@ -310,6 +312,12 @@ def _reasons(
             f"In lock-step one party computes while the others wait: {_ms(compute)} of computing"
             + (f", and the line takes {_ms(waits)} ({part} of the step)." if waits > 0.005 * slow else ".")
         )
+    sender, receiver, carries = _busiest_line(pipeline, line, batch)
+    if carries >= DOMINATES * chosen.seconds:
+        said.append(
+            f"The line from {sender} to {receiver} is busy for {_ms(carries)} of it, which no schedule shortens: only a"
+            " cut that less crosses would, or a codec (docs/codecs.md)."
+        )
     if whole_batches:
         said.append(f"Batches stay whole: {whole_batches}.")
     elif most == 1:
@@ -328,6 +336,18 @@ def _reasons(
             said.append("Micro-batches train like gradient accumulation: dropout, say, is drawn for each of them.")
         said.append(f"In the graph file: `training: {{micro_batches: {chosen.micro_batches}}}`; now it is {now}.")
     return said
+
+
+def _busiest_line(pipeline: Pipeline, line: Line, batch: int) -> tuple[str, str, float]:
+    """From whom to whom most bytes go in a step, and the seconds that they take."""
+    seconds: dict[tuple[str, str], float] = {("", ""): 0.0}
+    for one in pipeline.crossings:
+        for source, target in zip(pipeline.parties[one.source], pipeline.parties[one.target], strict=True):
+            for pair, size in (((source, target), one.forward), ((target, source), one.back or 0.0)):
+                if source != target:
+                    seconds[pair] = seconds.get(pair, 0.0) + batch * size / line.bandwidth
+    pair = max(seconds, key=lambda one: seconds[one])
+    return *pair, seconds[pair]
 
 
 def _is_chain(pipeline: Pipeline) -> bool:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from typing import Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from splitsec.advice import Line
 from splitsec.errors import PartyFailed, PeerLost, PeerUnreachable, UserError
 from splitsec.graph import Graph
 from splitsec.nest import Forked, Nest, open_nest
@@ -35,6 +36,7 @@ from splitsec.partyfile import Folder, load_folder
 from splitsec.plan import relays_needed, taking_part
 from splitsec.process import give_free_memory_back
 from splitsec.schedule import TRAIN, Turn, run_schedule, step_count, turns_of
+from splitsec.transports.slowlink import SlowLink
 
 __all__ = ["Processes", "Result", "StandIn", "Watch", "predict", "simulate"]
 
@@ -98,13 +100,14 @@ def simulate(
     state: str | Path | None = None,
     watch: Watch = lambda party, event: None,
     before_turn: Callable[[dict[str, Any]], None] | None = None,
+    line: Line | None = None,
 ) -> Result:
     """Train ``folder``'s graph with one process per party on this machine.
 
     ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
     folder; ``trace``: folder for a trace of every party's traffic (docs/tracing.md); ``state``: folder for every
     party's ledger and journal, each in its party's own folder (without it, where the party file says, and a journal
-    only where there is a privacy policy).
+    only where there is a privacy policy); ``line``: what stands before every party that listens (docs/wide-area.md).
     Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
     began = time.monotonic()
@@ -120,7 +123,7 @@ def simulate(
         "trace": _absolute(trace),
         "state": _absolute(state),
     }
-    return _run(loaded, job, watch, before_turn, began, out)
+    return _run(loaded, job, watch, before_turn, began, out, line)
 
 
 def predict(
@@ -160,15 +163,33 @@ def _run(
     before_turn: Callable[[dict[str, Any]], None] | None,
     began: float,
     out: str | Path | None,
+    line: Line | None = None,
 ) -> Result:
     with open_nest(needed_by(folder)) as nest:  # it loads while the folder is checked
         _check(folder)
         give_free_memory_back()
         if (trace := job["trace"]) is not None:
             Path(trace).mkdir(mode=0o700, parents=True, exist_ok=True)
-        with Processes(folder, job, watch, before_turn, nest=nest) as processes:
+        with (
+            _lines(line) as in_front,
+            Processes(folder, job, watch, before_turn, in_front=in_front, nest=nest) as processes,
+        ):
             processes.follow()
             return _summed(processes, began, out)
+
+
+@contextmanager
+def _lines(line: Line | None) -> Iterator[Callable[[str, str], str]]:
+    """What stands in front of listening parties: to each a line like this, which all who dial it share."""
+    with ExitStack() as lines:
+
+        def in_front(party: str, address: str) -> str:
+            if line is None:
+                return address
+            port = int(address.rpartition(":")[2])
+            return lines.enter_context(SlowLink(port, rate=line.bandwidth, delay=line.delay)).address
+
+        yield in_front
 
 
 def needed_by(folder: Folder) -> tuple[str, ...]:

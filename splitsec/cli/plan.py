@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from splitsec.cli.line import BANDWIDTH, DELAY, line_of
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
@@ -55,6 +57,8 @@ where it was measured, kernels took up to three quarters of that besides, and Py
 docs/resource-plan.md has every formula.
 """
 
+CLIENTS: Final = 10
+SAMPLES: Final = 50_000
 GFLOPS: Final = 50.0
 MOST_STREAMS: Final = 64
 """Clients at once that a schedule is played through with."""
@@ -114,8 +118,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     model.add_argument("--codec", choices=("bfloat16", "float16", "int8"), help="how tensors are made smaller at cuts")
     line = parser.add_argument_group("the line between parties, and what they compute, for the choice of a schedule")
-    line.add_argument("--bandwidth", default="1gbit", metavar="RATE", help="e.g. 100mbit (default 1gbit), each way")
-    line.add_argument("--delay", default="0.5ms", metavar="TIME", help="one way, e.g. 25ms (default 0.5ms)")
+    line.add_argument(
+        "--bandwidth", default=BANDWIDTH, metavar="RATE", help="e.g. 100mbit (default %(default)s), each way"
+    )
+    line.add_argument("--delay", default=DELAY, metavar="TIME", help="one way, e.g. 25ms (default %(default)s)")
     line.add_argument(
         "--gflops",
         action="append",
@@ -131,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     from splitsec.plot import svg
     from splitsec.process import prepare
 
-    line = _line(arguments)
+    line = line_of(arguments)
     _check_options(arguments)
     with _Telling() as tell:
         tell("loads torch")
@@ -189,38 +195,24 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name} {value}", expected=f"a whole number from {least}", fix=f"choose another --{name}"
             )
+    clients, samples = arguments.clients or CLIENTS, arguments.samples or SAMPLES
+    if arguments.model is not None and samples < clients:
+        raise UserError(
+            f"--samples {samples} for {clients} clients",
+            expected="at least one sample for each client: samples are those of all together",
+            fix="raise --samples, or lower --clients",
+        )
+    if arguments.json and arguments.svg == "-":
+        raise UserError(
+            "--json and --svg - both write to standard output",
+            expected="one document there",
+            fix="write the picture to a file: `--svg cuts.svg`",
+        )
     for name in ("epochs", "local_epochs"):
         value = getattr(arguments, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} {value:g}", expected="a number above 0", fix=f"choose another {option}")
-
-
-_RATES: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_TIMES: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-def _measure(text: str, units: dict[str, float], option: str, example: str) -> float:
-    from splitsec.errors import UserError
-
-    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(units)})", text.strip().lower())
-    if found is None:
-        raise UserError(
-            f"{option} {text}",
-            expected=f"a number with {', '.join(units)}, such as {example}",
-            fix=f"write e.g. `{option} {example}`",
-        )
-    return float(found[1]) * units[found[2]]
-
-
-def _line(arguments: argparse.Namespace) -> Line:
-    from splitsec.advice import Line
-    from splitsec.errors import UserError
-
-    bandwidth = _measure(arguments.bandwidth, _RATES, "--bandwidth", "100mbit") / 8
-    if bandwidth <= 0:
-        raise UserError("--bandwidth 0", expected="a rate above 0", fix="write e.g. `--bandwidth 100mbit`")
-    return Line(bandwidth, _measure(arguments.delay, _TIMES, "--delay", "25ms"))
 
 
 def _speeds(given: Sequence[str] | None, parties: Sequence[str], default: float | None) -> dict[str, float] | None:
@@ -286,8 +278,8 @@ def _of_model(arguments: argparse.Namespace, line: Line, tell: _Telling) -> tupl
     from splitsec.resources import Setting
 
     setting = Setting(
-        clients=arguments.clients or 10,
-        samples=arguments.samples or 50_000,
+        clients=arguments.clients or CLIENTS,
+        samples=arguments.samples or SAMPLES,
         batch=arguments.batch or 64,
         epochs=arguments.epochs or 1.0,
         schedule=arguments.schedule or "round_robin",
@@ -643,7 +635,7 @@ def _print(report: Report, advice: Advice | None, arguments: argparse.Namespace)
         for reason in advice.reasons:
             console.print(reason)
     elif not report.parties:
-        console.print("Choose one with --cut LAYER.")
+        console.print("Choose one with --cut LAYER; then --bandwidth, --delay and --gflops say which schedule is best.")
 
 
 def _speed_of(arguments: argparse.Namespace) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from splitsec.cli.line import BANDWIDTH, DELAY, line_of
+
 __all__ = ["add_parser", "add_state_option", "counted", "run", "seeded"]
 
 DESCRIPTION = """\
@@ -15,6 +17,7 @@ cut.
   splitsec simulate examples/vanilla
   splitsec simulate examples/vanilla --epochs 2 --out trained
   splitsec simulate examples/vanilla --trace traces      # then: splitsec listen traces
+  splitsec simulate examples/vanilla --bandwidth 20mbit --delay 25ms     # what would it take between two sites?
 """
 
 
@@ -37,6 +40,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "contents (`splitsec listen` reads them)",
     )
     add_state_option(parser, "DIR/<party>/ in place of the party file's `state` (FOLDER/state/<party>/)")
+    line = parser.add_argument_group("a slow line, in a process of its own, before every party that listens")
+    line.add_argument(
+        "--bandwidth", metavar="RATE", help=f"each way, e.g. 100mbit (without it none; with --delay alone {BANDWIDTH})"
+    )
+    line.add_argument(
+        "--delay", metavar="TIME", help=f"one way, e.g. 25ms (without it none; with --bandwidth alone {DELAY})"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on standard output"
     )
@@ -74,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from splitsec.process import leave_the_compiler_out
     from splitsec.simulation import simulate
 
+    line = None if arguments.bandwidth is None and arguments.delay is None else line_of(arguments)
     with Followed(quiet=arguments.quiet) as watch:
         leave_the_compiler_out()
         result = simulate(
@@ -84,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             trace=arguments.trace,
             state=arguments.state,
             watch=watch,
+            line=line,
         )
     if arguments.json:
         print(json.dumps(result.as_json(), indent=2))

@@ -250,3 +250,22 @@ def test_ten_parties_start(shell: Shell, tmp_path: Path, capsys: pytest.CaptureF
     with capsys.disabled():
         print(f"\nten parties started and connected in {found['startup_seconds']:.1f} s")
     assert found["startup_seconds"] < 60
+
+
+def test_a_slow_line_makes_every_step_longer_and_changes_no_weight(shell: Shell, folder: Path) -> None:
+    found = {}
+    for name, line in (("near", ()), ("far", ("--bandwidth", "100mbit", "--delay", "50ms"))):
+        end = shell.run("simulate", folder, "--json", "--quiet", "--out", folder.parent / name, *line)
+        assert end.code == 0, end.stderr
+        found[name] = json.loads(end.stdout)
+    took = {name: one["wall_seconds"] - one["startup_seconds"] for name, one in found.items()}
+    assert took["far"] >= took["near"] / 2 + 0.1 * found["far"]["steps"]
+    files = [one.relative_to(folder.parent / "near") for one in (folder.parent / "near").rglob("*.safetensors")]
+    assert len(files) == 3
+    for file in files:
+        assert (folder.parent / "near" / file).read_bytes() == (folder.parent / "far" / file).read_bytes()
+    assert shell.alive() == {}
+
+    end = shell.run("simulate", folder, "--delay", "25")
+    assert end.code == 2
+    assert "--delay 25\n  expected: a number with us, ms, s, such as 25ms\n" in end.stderr

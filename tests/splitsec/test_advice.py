@@ -130,6 +130,20 @@ def test_the_fastest_is_chosen_and_the_sentences_say_why() -> None:
     )
 
 
+def test_where_the_line_is_what_takes_longest_it_is_said() -> None:
+    pipe = pair((1e-3, 0.0, 1e-3), (1e-3, 1e-3, 1e-3))
+    said = "which no schedule shortens"
+    slow = advise(pipe, Line(1e5, 0.025), 128)
+    assert slow.reasons[2] == (
+        "The line from clinic 0 to server is busy for 1.28 s of it, which no schedule shortens: only a cut that less "
+        "crosses would, or a codec (docs/codecs.md)."
+    )
+    assert slow.chosen.seconds > 1.28
+    assert said not in " ".join(advise(pipe, Line(1e6, 0.025), 128).reasons), "0.128 of some 0.5 s"
+    several = advise(pair((1e-3, 0.0, 1e-3), (1e-3, 1e-3, 1e-3), streams=3), Line(1e5, 0.025), 128)
+    assert "from clinic 0 to server is busy for 1.28 s" in " ".join(several.reasons), "each has a line of its own"
+
+
 def test_batch_statistics_keep_batches_whole_but_not_the_early_gradient() -> None:
     pipe = pair((1e-3, 0.0, 1e-3), (1e-3, 1e-3, 1e-3))
     why = "`stem` has BatchNorm2d, which looks at a whole batch, so micro-batches are refused there"

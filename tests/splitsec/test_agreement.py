@@ -331,7 +331,7 @@ def test_whoever_leaves_before_it_has_said_its_last_word_is_named() -> None:
     gossip = Gossip(net.graph, "server", guard, guard.plan.neighbours)
     gossip.say_done()
     net.events["server"].put(Closed(key_of("auditor"), None, CloseCode.NORMAL))
-    with pytest.raises(PeerLost, match="^auditor: left before the run was over"):
+    with pytest.raises(PeerLost, match=r"^auditor: left before the run was over"):
         gossip.stay_until_all_are_done()
 
 

@@ -72,7 +72,9 @@ def test_without_a_cut_all_places_are_shown(capsys: pytest.CaptureFixture[str]) 
     assert run("--model", "resnet18", "--input", "3x32x32", "--classes", "10") == 0
     out = capsys.readouterr().out
     assert "   layer2.0 " in out
-    assert out.endswith("Choose one with --cut LAYER.\n")
+    assert out.endswith(
+        "Choose one with --cut LAYER; then --bandwidth, --delay and --gflops say which schedule is best.\n"
+    )
 
 
 def test_batch_norm_keeps_batches_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +159,8 @@ def test_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("--model vgg16 --input 0x32x32", "--input 0x32x32"),
         ("--model vgg16 --clients 0", "--clients 0"),
         ("--model vgg16 --samples -5", "--samples -5"),
+        ("--model vgg16 --samples 5", "--samples 5 for 10 clients"),
+        ("--model vgg16 --json --svg -", "--json and --svg - both write to standard output"),
         ("--model vgg16 --epochs nan", "--epochs nan"),
         ("--model vgg16 --epochs 0", "--epochs 0"),
         ("--model vgg16 --local-epochs -1", "--local-epochs -1"),
