@@ -68,7 +68,8 @@ class Line:
 @dataclass(frozen=True)
 class Pipeline:
     """A graph as far as time goes.  ``acts``: forward, input gradient and weight gradient of each segment;
-    ``parties``: who runs it, in each of ``streams`` streams that share a step; ``losses``: segments with a loss.
+    ``parties``: who runs it, in each of ``streams`` streams that share a step; ``losses``: segments with a loss;
+    ``optimizers``: seconds in which each segment's weights are changed at the end of a step, none where it is empty.
     """
 
     names: tuple[str, ...]
@@ -77,6 +78,12 @@ class Pipeline:
     crossings: tuple[Crossing, ...]
     losses: frozenset[int]
     streams: int = 1
+    optimizers: tuple[float, ...] = ()
+
+    def optimizer_of(self, party: str) -> float:
+        """Seconds at the end of a step of ``party``."""
+        own = zip(self.parties, self.optimizers, strict=False)
+        return sum(seconds for names, seconds in own if party in names)
 
 
 @dataclass(frozen=True)
@@ -225,8 +232,15 @@ class _Play:
                 self.come(step, WEIGHTS, place, micro)
         self.left[party, step] -= 1
         if not self.left[party, step]:
-            self.ended[step] = max(self.ended[step], now)
-            self.step_of[party] += 1
+            self.busy[party] = True
+            self.at(now + self.pipe.optimizer_of(party), lambda then: self.end(party, step, then))
+
+    def end(self, party: str, step: int, now: float) -> None:
+        """A party has changed its weights."""
+        self.busy[party] = False
+        self.touched.add(party)
+        self.ended[step] = max(self.ended[step], now)
+        self.step_of[party] += 1
 
     def send(
         self, party: str, place: int, stream: int, size: float, now: float, what: tuple[int, int, int, int]
@@ -287,7 +301,7 @@ def _reasons(
     most: int,
 ) -> list[str]:
     slow = tried[0].seconds
-    compute = sum(act.of(batch) for acts in pipeline.acts for act in acts)
+    compute = sum(act.of(batch) for acts in pipeline.acts for act in acts) + sum(pipeline.optimizers)
     waits = max(0.0, slow - compute)
     share = f"{chosen.seconds / slow:.2f}" if slow else "1.00"
     said = []
@@ -299,7 +313,7 @@ def _reasons(
         busy: dict[str, float] = {}
         for acts, parties in zip(pipeline.acts, pipeline.parties, strict=True):
             for name in parties:
-                busy[name] = busy.get(name, 0.0) + sum(act.of(batch) for act in acts)
+                busy[name] = busy.get(name, pipeline.optimizer_of(name)) + sum(act.of(batch) for act in acts)
         most_of = max(busy, key=lambda name: busy[name])
         said.append(
             f"{pipeline.streams} members of the group work at once; {most_of} computes longest, {_ms(busy[most_of])}."

@@ -274,6 +274,14 @@ def _with_optimizer(cost: Cost, segment: Segment) -> Cost:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What a segment takes: forward, input gradient and weight gradient, and the ``optimizer`` once a step, seconds."""
+
+    acts: tuple[Act, Act, Act]
+    optimizer: float = 0.0
+
+
+@dataclass(frozen=True)
 class Measured:
     """A folder's plan.  ``pipeline``: what a schedule is chosen by, given seconds for each segment."""
 
@@ -281,17 +289,17 @@ class Measured:
     costs: Mapping[str, Cost]
     graph: Graph
     stages: Mapping[str, Stage]
-    time: Callable[[Tell], dict[str, tuple[Act, Act, Act]]]
-    """Seconds of forward, input gradient and weight gradient of each segment, measured here and now."""
+    time: Callable[[Tell], dict[str, Times]]
+    """What each segment takes, measured here and now."""
 
-    def pipeline(self, seconds: Mapping[str, tuple[Act, Act, Act]]) -> Pipeline:
-        """The steps of the graph, each act taking as long as ``seconds`` says."""
+    def pipeline(self, times: Mapping[str, Times]) -> Pipeline:
+        """The steps of the graph, each act taking as long as ``times`` says."""
         graph = self.graph
         streams = graph.streams if graph.schedule == "parallel" else 1
         order = list(graph.order)
         return Pipeline(
             names=tuple(order),
-            acts=tuple(seconds[name] for name in order),
+            acts=tuple(times[name].acts for name in order),
             parties=tuple(tuple(graph.party_at(graph.segments[name].at, k) for k in range(streams)) for name in order),
             crossings=tuple(
                 Crossing(order.index(cut.source), order.index(cut.target), _of_one(cut, graph), _way_back(cut, graph))
@@ -299,6 +307,7 @@ class Measured:
             ),
             losses=frozenset(order.index(one.target) for one in graph.labels),
             streams=streams,
+            optimizers=tuple(times[name].optimizer for name in order),
         )
 
 
@@ -658,11 +667,11 @@ def _notes(folder: Folder) -> tuple[str, ...]:
 
 def _times(
     folder: Folder, own: Mapping[str, Mapping[str, Samples]], stages: Mapping[str, Stage], tell: Tell
-) -> dict[str, tuple[Act, Act, Act]]:
-    """Seconds of each segment, on as many threads as its party has, from passes with a whole and a small batch."""
+) -> dict[str, Times]:
+    """What each segment takes, on as many threads as its party has, from passes with a whole and a small batch."""
     graph = folder.graph
     batch = graph.training.batch_size
-    found: dict[str, tuple[Act, Act, Act]] = {}
+    found: dict[str, Times] = {}
     threads = torch.get_num_threads()
     try:
         for name, party_file in folder.parties.items():
@@ -677,7 +686,8 @@ def _times(
                     tell(f"times {segment}")
                     stage = stages[segment]
                     sizes = sorted({min(16, batch), batch})
-                    found[segment] = _acts([(size, _timed(built[segment], stage, samples, size)) for size in sizes])
+                    acts = _acts([(size, _timed(built[segment], stage, samples, size)) for size in sizes])
+                    found[segment] = Times(acts, _timed_optimizer(built[segment]))
     finally:
         torch.set_num_threads(threads)
     return found
@@ -702,6 +712,21 @@ def _timed(segment: Segment, stage: Stage, samples: Samples | None, rows: int) -
         taken.append((forward, min(inputs, both), max(both - inputs, 0.0)))
     forwards, inputs_only, rest = zip(*taken[1:], strict=True)  # the first warms up
     return statistics.median(forwards), statistics.median(inputs_only), statistics.median(rest)
+
+
+def _timed_optimizer(segment: Segment) -> float:
+    """Median seconds of a step of the optimiser, with the gradients that are there; 0 where none can be taken."""
+    if segment.optimizer is None:
+        return 0.0
+    taken = []
+    try:
+        for _ in range(6):
+            began = time.perf_counter()
+            segment.optimizer.step()
+            taken.append(time.perf_counter() - began)
+    except (RuntimeError, TypeError):  # one that wants a closure, say
+        return 0.0
+    return statistics.median(taken[1:])
 
 
 def _acts(measured: Sequence[tuple[int, tuple[float, float, float]]]) -> tuple[Act, Act, Act]:

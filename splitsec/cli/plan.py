@@ -392,7 +392,7 @@ def _statistics(where: str, module: str) -> str:
 
 def _of_folder(arguments: argparse.Namespace, line: Line, tell: _Telling) -> tuple[Report, Advice | None]:
     from splitsec.advice import Act, advise
-    from splitsec.measuring import measure_folder
+    from splitsec.measuring import Times, measure_folder
     from splitsec.partyfile import load_folder
 
     folder = load_folder(arguments.folder)
@@ -400,13 +400,15 @@ def _of_folder(arguments: argparse.Namespace, line: Line, tell: _Telling) -> tup
     graph = folder.graph
     speeds = _speeds(arguments.gflops, [one.party for one in measured.report.parties if one.segments], None)
     if speeds is None:
-        seconds = measured.time(tell)
+        times = measured.time(tell)
     else:
-        seconds = {}
+        times = {}
         for name, cost in measured.costs.items():
             speed = speeds[graph.party_at(graph.segments[name].at, 0)]
-            acts = (cost.forward, cost.input_gradient, cost.weight_gradient)
-            seconds[name] = (Act(0.0, acts[0] / speed), Act(0.0, acts[1] / speed), Act(0.0, acts[2] / speed))
+            forward, inputs, weights = (
+                Act(0.0, flops / speed) for flops in (cost.forward, cost.input_gradient, cost.weight_gradient)
+            )
+            times[name] = Times((forward, inputs, weights))
     looking = [(name, one.batch_statistics) for name, one in measured.costs.items() if one.batch_statistics]
     whole = _statistics(f"`{looking[0][0]}`", looking[0][1]) if looking else ""
     private = [
@@ -416,7 +418,7 @@ def _of_folder(arguments: argparse.Namespace, line: Line, tell: _Telling) -> tup
         whole = f"`{private[0]}` trains with DP-SGD, which takes one forward and one backward a step"
     tell("plays schedules through")
     advice = advise(
-        measured.pipeline(seconds),
+        measured.pipeline(times),
         line,
         graph.training.batch_size,
         whole_batches=whole,

@@ -254,12 +254,12 @@ def test_ten_parties_start(shell: Shell, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_slow_line_makes_every_step_longer_and_changes_no_weight(shell: Shell, folder: Path) -> None:
     found = {}
-    for name, line in (("near", ()), ("far", ("--bandwidth", "100mbit", "--delay", "50ms"))):
-        end = shell.run("simulate", folder, "--json", "--quiet", "--out", folder.parent / name, *line)
+    for name, line in (("near", ()), ("far", ("--bandwidth", "100mbit", "--delay", "20ms"))):
+        end = shell.run("simulate", folder, "--epochs", "1", "--json", "--quiet", "--out", folder.parent / name, *line)
         assert end.code == 0, end.stderr
         found[name] = json.loads(end.stdout)
     took = {name: one["wall_seconds"] - one["startup_seconds"] for name, one in found.items()}
-    assert took["far"] >= took["near"] / 2 + 0.1 * found["far"]["steps"]
+    assert took["far"] >= took["near"] / 2 + 0.04 * found["far"]["steps"]
     files = [one.relative_to(folder.parent / "near") for one in (folder.parent / "near").rglob("*.safetensors")]
     assert len(files) == 3
     for file in files:

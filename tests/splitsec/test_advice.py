@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from splitsec.advice import Act, Crossing, Line, Pipeline, advise, lock_step, step_seconds
@@ -46,6 +48,16 @@ def test_the_early_gradient_overlaps_the_servers_weights_with_the_clients_way_ba
 def test_a_slow_client_hides_all_of_the_servers_weights() -> None:
     pipe = pair((2.0, 0.0, 4.0), (1.0, 1.0, 1.0))
     assert step_seconds(pipe, AT_ONCE, 1, early=True) == pytest.approx(8)
+
+
+def test_optimisers_take_their_time_once_a_step() -> None:
+    """The client's ends a step, and the server's goes on beside the client's way back."""
+    pipe = replace(pair((0.25, 0.0, 0.25), (0.25, 0.25, 0.0)), optimizers=(0.5, 2.0))
+    assert step_seconds(pipe, AT_ONCE, 16) == pytest.approx(16.5)
+    assert step_seconds(pipe, AT_ONCE, 16, micro_batches=4) == pytest.approx(10.5), "the server's is hidden"
+    slow = replace(pipe, optimizers=(0.5, 4.0))  # from 9 to 13, while the next forward is there at 11.5
+    assert step_seconds(slow, AT_ONCE, 16, micro_batches=4) == pytest.approx(12)
+    assert "while the others wait: 18.5 s of computing" in advise(pipe, AT_ONCE, 16).reasons[1]
 
 
 def test_micro_batches_fill_both_parties() -> None:
