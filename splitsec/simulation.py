@@ -107,7 +107,8 @@ def simulate(
     ``epochs`` and ``seed`` replace the graph's; ``out``: folder for the trained segments, each in its party's own
     folder; ``trace``: folder for a trace of every party's traffic (docs/tracing.md); ``state``: folder for every
     party's ledger and journal, each in its party's own folder (without it, where the party file says, and a journal
-    only where there is a privacy policy); ``line``: what stands before every party that listens (docs/wide-area.md).
+    only where there is a privacy policy); ``line``: a slow line, as ``splitsec.advice`` describes one, before every
+    party that listens.
     Raises ``SplitsecError``: nothing is started or written if the folder has a mistake.
     """
     began = time.monotonic()
