@@ -59,6 +59,8 @@ MORE: Final = 6.0
 is gone."""
 LATER: Final = 25
 """The training message to one party at which a case strikes that shall find its detectors settled."""
+PATIENCE: Final = 3600.0
+"""Seconds for which an abuser waits for an answer."""
 STRUCK: Final = {"event": "struck"}
 """What the abuser reports once it has done what it came for."""
 AHEAD: Final = 1000
@@ -169,6 +171,7 @@ class Abuser(Party):
         super().connect(trace)
         self.liar = Liar(self, self.abuse, self.at)
         self.guard._thread = self.liar
+        self.guard._answer_timeout = PATIENCE  # whoever stalls outwaits the others
 
     def _take_turn(self, engine: Engine, turn: Turn, number: int, update: int) -> tuple[int, int]:
         self.liar.training = turn.phase == TRAIN
